@@ -1,0 +1,27 @@
+#ifndef LONGFILL_MODELS_ROPE_H_
+#define LONGFILL_MODELS_ROPE_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/base/status.h"
+#include "models/config.h"
+
+namespace longfill {
+
+struct RotaryTable {
+  // [rotary_dim / 2] radians per position, largest first. The values are rounded to fp32, since every decoder
+  // that continues from our keys holds them in fp32: at position 1,000,000 the rounding turns the fastest
+  // pairs by up to 0.03.
+  std::vector<double> inv_freq;
+  float attention_scale = 1.0f;  // multiplies cos and sin
+};
+
+// `num_tokens` is the length of the whole prompt: kinds whose frequencies depend on it (LongRoPE) use one
+// table for all of its positions. None of the kinds supported now does. InvalidArgument names a field that is
+// out of its range.
+absl::StatusOr<RotaryTable> BuildRotaryTable(const RopeConfig& rope, int64_t num_tokens);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_MODELS_ROPE_H_

@@ -1,0 +1,73 @@
+#ifndef LONGFILL_PARALLEL_MESH_H_
+#define LONGFILL_PARALLEL_MESH_H_
+
+// Who owns which tokens. Pure arithmetic, no communication.
+//
+// P = sequence * head ranks; rank = s * head + h, so that the ranks of a head group (equal s) are neighbours,
+// on one node by default. Tokens are dealt in blocks of 128: block b belongs to token slot b % P, and
+// slot(rank) = s + sequence * h.
+//   linear layers      every rank holds the tokens of its slot: blocks slot, slot + P, ...
+//   attention          the head group s jointly holds the blocks b with b % sequence == s, and each member
+//   computes some
+//                      heads for all of them, over K and V of the whole prompt
+// so causal triangles, columns and diagonals balance in both directions.
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/base/status.h"
+#include "kernels/sparse/position_map.h"
+
+namespace longfill {
+
+inline constexpr int64_t kTokenBlock = 128;  // a multiple of the query row block and of the KV page
+
+struct Mesh {
+  int sequence = 1;
+  int head = 1;
+  int size() const { return sequence * head; }
+  friend bool operator==(const Mesh&, const Mesh&) = default;
+};
+
+// "sequence=S,head=H" in either order; a part left out is 1. InvalidArgument names what is wrong.
+absl::StatusOr<Mesh> ParseMesh(std::string_view text);
+std::string ToString(const Mesh& mesh);
+
+struct TokenRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+  friend bool operator==(const TokenRange&, const TokenRange&) = default;
+};
+
+// The deal of one prompt of num_tokens over a mesh.
+class ShardPlan {
+ public:
+  // num_tokens >= 0; mesh sizes >= 1.
+  ShardPlan(Mesh mesh, int64_t num_tokens) : mesh_(mesh), num_tokens_(num_tokens) {}
+
+  const Mesh& mesh() const { return mesh_; }
+  int64_t num_tokens() const { return num_tokens_; }
+  int SequenceIndex(int rank) const { return rank / mesh_.head; }
+  int HeadIndex(int rank) const { return rank % mesh_.head; }
+  int Slot(int rank) const { return SequenceIndex(rank) + mesh_.sequence * HeadIndex(rank); }
+
+  // Linear layers.
+  PositionMap TokenPositions(int rank) const;
+  int64_t NumTokens(int rank) const;
+  std::vector<TokenRange> TokenRanges(int rank) const;  // ascending, neighbours joined
+  int RankOfToken(int64_t position) const;
+
+  // Attention: the rows of a head group, in ascending position.
+  PositionMap GroupPositions(int sequence_index) const;
+  int64_t GroupNumTokens(int sequence_index) const;
+
+ private:
+  Mesh mesh_;
+  int64_t num_tokens_;
+};
+
+}  // namespace longfill
+
+#endif  // LONGFILL_PARALLEL_MESH_H_

@@ -1,0 +1,194 @@
+// Attention over a mesh equals attention on one rank, for every pattern and every mesh.
+
+#include "parallel/parallel_attention.h"
+
+#include <atomic>
+
+#include "kernels/cpu/oracle/oracle.h"
+#include "parallel/sparse_index_builder.h"
+#include "tests/multirank/prompt.h"
+#include "tests/multirank/ranks.h"
+#include "tests/testing/status_matchers.h"
+
+namespace longfill {
+namespace {
+
+using testing::HasSubstr;
+
+CpuStream g_stream;
+
+struct Outcome {
+  std::vector<float> out;  // [local tokens, num_q_heads * head_dim]
+  ParallelAttentionStats stats;
+  LayerIndex index;
+};
+
+absl::StatusOr<Outcome> AttendOn(Communicator& world, const Prompt& prompt, const Mesh& mesh,
+                                 std::span<const HeadPattern> patterns,
+                                 const std::function<bool()>& should_stop = {}) {
+  const ShardPlan plan(mesh, prompt.num_tokens);
+  RankPrompt mine(prompt, plan, world.rank());
+  Outcome outcome;
+  LF_ASSIGN_OR_RETURN(SparseIndexBuilder builder,
+                      SparseIndexBuilder::Create(*mine.kernels, world, prompt.geometry, Coverage::kTiles));
+  LF_ASSIGN_OR_RETURN(outcome.index,
+                      builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns, g_stream));
+  LF_ASSIGN_OR_RETURN(const auto attention,
+                      ParallelAttention::Create(*mine.kernels, world, mesh, prompt.geometry));
+  outcome.out.assign(mine.num_rows * prompt.geometry.num_q_heads * mine.width, NAN);
+  ParallelAttentionParams params;
+  params.q = mine.View(mine.q);
+  params.k = mine.View(mine.k);
+  params.v = mine.View(mine.v);
+  params.indices = outcome.index.heads;
+  params.pairs = outcome.index.pairs;
+  params.out = outcome.out.data();
+  params.should_stop = should_stop;
+  mine.memory.ResetPeak();
+  LF_ASSIGN_OR_RETURN(outcome.stats, attention->Run(plan, params, g_stream));
+  EXPECT_LE(mine.memory.peak_bytes(), ParallelAttention::PlanBytes(*mine.kernels, prompt.geometry, plan));
+  EXPECT_EQ(mine.memory.bytes_in_use(), 0);
+  return outcome;
+}
+
+absl::StatusOr<Outcome> AttendAlone(const Prompt& prompt, std::span<const HeadPattern> patterns) {
+  const auto single = CreateSingleCommunicator();
+  return AttendOn(*single, prompt, {1, 1}, patterns);
+}
+
+void ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns) {
+  LF_ASSERT_OK_AND_ASSIGN(const Outcome expected, AttendAlone(prompt, patterns));
+  int64_t all_pairs = 0;
+  for (const PairCounts& pairs : expected.index.pairs) all_pairs += pairs.covered;
+  EXPECT_EQ(expected.stats.covered_pairs, all_pairs);
+  const int64_t width = prompt.geometry.num_q_heads * prompt.geometry.head_dim;
+  for (const int size : GroupSizes()) {
+    for (const Mesh& mesh : Factorisations(size)) {
+      const ShardPlan plan(mesh, prompt.num_tokens);
+      OnEveryRank(size, [&](Communicator& world) {
+        SCOPED_TRACE(testing::Message()
+                     << prompt.num_tokens << " tokens, mesh " << ToString(mesh) << ", rank " << world.rank());
+        LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendOn(world, prompt, mesh, patterns));
+        double worst = 0;
+        int64_t worst_at = 0;
+        for (int64_t row = 0; row < plan.NumTokens(world.rank()); ++row) {
+          const int64_t position = plan.TokenPositions(world.rank()).Position(row);
+          for (int64_t i = 0; i < width; ++i) {
+            const double error = std::abs(got.out[row * width + i] - expected.out[position * width + i]);
+            if (!(error <= worst)) {
+              worst = error;
+              worst_at = position * width + i;
+            }
+          }
+        }
+        EXPECT_LE(worst, 2e-6) << "worst at token " << worst_at / width << " element " << worst_at % width;
+        int64_t pairs = got.stats.covered_pairs;
+        LF_ASSERT_OK(world.AllReduce(&pairs, 1, ReduceType::kInt64, ReduceOp::kSum, g_stream));
+        EXPECT_EQ(pairs, all_pairs);
+        EXPECT_GE(got.stats.computed_pairs, got.stats.covered_pairs);
+      });
+    }
+  }
+}
+
+TEST(ParallelAttention, EqualsOneRankForEveryPatternAndMesh) {
+  const HeadPattern kinds[] = {Dense{}, AShape{7, 70}, VerticalSlash{40, 120}, BlockSparse{3}};
+  uint32_t seed = 10;
+  for (const int64_t num_tokens : {1, 129, 1337}) {
+    for (const HeadPattern& pattern : kinds) {
+      const Prompt prompt(MakeGeometry(4, 2), num_tokens, ++seed);
+      ExpectEqualsOneRank(prompt, std::vector<HeadPattern>(4, pattern));
+    }
+  }
+}
+
+TEST(ParallelAttention, EqualsOneRankForMixedPatternsAndEveryHeadRatio) {
+  const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 60}, AShape{7, 70}, BlockSparse{2},
+                               VerticalSlash{300, 100}};
+  const AttentionGeometry geometries[] = {MakeGeometry(4, 1), MakeGeometry(7, 1), MakeGeometry(3, 3)};
+  uint32_t seed = 20;
+  for (const int64_t num_tokens : {0, 5, 64, 300, 1000}) {
+    for (const AttentionGeometry& geometry : geometries) {
+      std::vector<HeadPattern> patterns;
+      for (int64_t h = 0; h < geometry.num_q_heads; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
+      ExpectEqualsOneRank(Prompt(geometry, num_tokens, ++seed), patterns);
+    }
+  }
+}
+
+TEST(ParallelAttention, AgreesWithTheDefinitionInFp64) {
+  const AttentionGeometry geometry = MakeGeometry(2, 1);
+  const Prompt prompt(geometry, 300, 5);
+  const std::vector<HeadPattern> patterns{VerticalSlash{40, 60}, Dense{}};
+  LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendAlone(prompt, patterns));
+  const auto& lines = std::get<DiagonalColumnIndex>(got.index.heads[0]);
+  const oracle::Mask sparse = oracle::TilesMask(lines.columns, lines.distances, prompt.num_tokens);
+  const oracle::Mask dense = oracle::DenseMask(prompt.num_tokens);
+  const oracle::Mask* masks[] = {&sparse, &dense};
+  const oracle::AttentionInput input{
+      prompt.q.data(),   prompt.k.data(),   prompt.v.data(), 2, 1, prompt.num_tokens,
+      prompt.num_tokens, geometry.head_dim, geometry.scale};
+  const auto expected = oracle::Attention(input, masks);
+  for (int64_t row = 0; row < prompt.num_tokens; ++row) {
+    for (int64_t i = 0; i < 2 * geometry.head_dim; ++i) {
+      const int64_t head = i / geometry.head_dim;
+      const int64_t at = (head * prompt.num_tokens + row) * geometry.head_dim + i % geometry.head_dim;
+      ASSERT_NEAR(got.out[row * 2 * geometry.head_dim + i], expected.out[at], 1e-5)
+          << "token " << row << " element " << i;
+    }
+  }
+}
+
+TEST(ParallelAttention, StripedRowsBalance) {
+  const Prompt prompt(MakeGeometry(2, 1, 64), 8192, 6);
+  const std::vector<HeadPattern> patterns{VerticalSlash{100, 200}, Dense{}};
+  for (const int size : GroupSizes()) {
+    OnEveryRank(size, [&](Communicator& world) {
+      LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendOn(world, prompt, {size, 1}, patterns));
+      int64_t most = got.stats.covered_pairs, sum = got.stats.covered_pairs;
+      LF_ASSERT_OK(world.AllReduce(&most, 1, ReduceType::kInt64, ReduceOp::kMax, g_stream));
+      LF_ASSERT_OK(world.AllReduce(&sum, 1, ReduceType::kInt64, ReduceOp::kSum, g_stream));
+      EXPECT_LE(static_cast<double>(most) * size / static_cast<double>(sum), 1.13);
+    });
+  }
+}
+
+TEST(ParallelAttention, StoppedRankStaysInStepAndTheGroupUsable) {
+  const Prompt prompt(MakeGeometry(4, 2), 1100, 8);  // rows for 8 ranks
+  const std::vector<HeadPattern> patterns(4, HeadPattern(Dense{}));
+  for (const int size : GroupSizes()) {
+    for (const Mesh& mesh : Factorisations(size)) {
+      OnEveryRank(size, [&](Communicator& world) {
+        const bool stops = world.rank() == size - 1;
+        const auto stopped = AttendOn(world, prompt, mesh, patterns, [&] { return stops; });
+        if (stops && mesh.head <= 4) {  // beyond, a rank has no head and nothing to stop
+          EXPECT_THAT(stopped.status(), StatusIs(absl::StatusCode::kCancelled, HasSubstr("stopped")));
+        } else if (!stops) {
+          LF_EXPECT_OK(stopped.status());
+        }
+        LF_EXPECT_OK(AttendOn(world, prompt, mesh, patterns).status());
+      });
+    }
+  }
+}
+
+TEST(ParallelAttention, WrongPlanOnOneRankIsTheSameErrorOnAll) {
+  const AttentionGeometry geometry = MakeGeometry(2, 1);
+  const Prompt prompt(geometry, 200, 9);
+  for (const int size : GroupSizes()) {
+    OnEveryRank(size, [&](Communicator& world) {
+      const ShardPlan plan({size, 1}, prompt.num_tokens);
+      RankPrompt mine(prompt, plan, world.rank());
+      EXPECT_THAT(ParallelAttention::Create(*mine.kernels, world, {size, 2}, geometry).status(),
+                  StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("needs")));
+      LF_ASSERT_OK_AND_ASSIGN(const auto attention,
+                              ParallelAttention::Create(*mine.kernels, world, {size, 1}, geometry));
+      EXPECT_THAT(attention->Run(plan, {}, g_stream).status(),
+                  StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("0 indices")));
+      LF_EXPECT_OK(world.Barrier(g_stream));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace longfill

@@ -1,0 +1,113 @@
+#include "kernels/sparse/head_pattern.h"
+
+#include <random>
+#include <string>
+
+#include "tests/testing/status_matchers.h"
+
+namespace longfill {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(ParseHeadPattern, ReadsEveryFormAndWritesItBack) {
+  const std::pair<const char*, HeadPattern> cases[] = {
+      {"dense", Dense()},
+      {"a-shape:0,1", AShape{0, 1}},
+      {"a-shape:1024,4096", AShape{1024, 4096}},
+      {"vertical-slash:1000,6096", VerticalSlash{1000, 6096}},
+      {"vertical-slash:0,1", VerticalSlash{0, 1}},
+      {"block-sparse:100", BlockSparse{100}},
+      {"block-sparse:2147483647", BlockSparse{2147483647}},
+  };
+  for (const auto& [text, pattern] : cases) {
+    LF_ASSERT_OK_AND_ASSIGN(const HeadPattern parsed, ParseHeadPattern(text));
+    EXPECT_EQ(parsed, pattern) << text;
+    EXPECT_EQ(ToString(pattern), text);
+  }
+}
+
+TEST(ParseHeadPattern, RefusesWhatIsNotExactlyAForm) {
+  for (const char* text : {"",
+                           "Dense",
+                           "dense ",
+                           " dense",
+                           "dense:",
+                           "dense:1",
+                           "a-shape",
+                           "a-shape:",
+                           "a-shape:1",
+                           "a-shape:1,",
+                           "a-shape:1,2,3",
+                           "a-shape: 1,2",
+                           "a-shape:1, 2",
+                           "a-shape:+1,2",
+                           "a-shape:1.5,2",
+                           "vertical-slash:1;2",
+                           "vertical-slash:99999999999999999999,1",
+                           "block-sparse:1,2",
+                           "block-sparse:x",
+                           "block-sparse:1e3",
+                           "auto"}) {
+    EXPECT_THAT(ParseHeadPattern(text),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("expected dense, a-shape")))
+        << text;
+  }
+}
+
+TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"a-shape:-1,4", "n_init -1"},
+      {"a-shape:4,0", "n_local 0"},
+      {"vertical-slash:-5,6", "vertical -5"},
+      {"vertical-slash:5,-6", "slash -6"},
+      {"vertical-slash:0,0", "vertical 0 and slash 0"},
+      {"vertical-slash:2147483648,1", "vertical 2147483648"},
+      {"block-sparse:0", "num_blocks 0"},
+      {"block-sparse:-9223372036854775808", "num_blocks -9223372036854775808"},
+  };
+  for (const auto& [text, message] : cases) {
+    EXPECT_THAT(ParseHeadPattern(text), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)))
+        << text;
+  }
+}
+
+TEST(ParseHeadPattern, SurvivesMutatedText) {
+  std::mt19937 random(3);
+  const std::string seeds[] = {"dense", "a-shape:1024,4096", "vertical-slash:1000,6096", "block-sparse:100"};
+  for (int i = 0; i < 50000; ++i) {
+    std::string text = seeds[random() % 4];
+    for (uint32_t edits = random() % 4; edits > 0 && !text.empty(); --edits) {
+      const size_t at = random() % text.size();
+      switch (random() % 3) {
+        case 0:
+          text[at] = static_cast<char>(random());
+          break;
+        case 1:
+          text.erase(at, 1);
+          break;
+        default:
+          text.insert(at, 1, "0123456789-,:."[random() % 14]);
+      }
+    }
+    const absl::StatusOr<HeadPattern> parsed = ParseHeadPattern(text);
+    if (parsed.ok()) {
+      LF_EXPECT_OK(Validate(*parsed));
+      EXPECT_EQ(*ParseHeadPattern(ToString(*parsed)), *parsed) << text;
+    } else {
+      EXPECT_EQ(parsed.status().code(), absl::StatusCode::kInvalidArgument);
+    }
+  }
+  EXPECT_LT(ParseHeadPattern(std::string(1 << 20, '\0')).status().message().size(), 1000u);
+}
+
+TEST(ParseCoverage, ReadsBothNamesAndNothingElse) {
+  for (const Coverage coverage : {Coverage::kTiles, Coverage::kParity}) {
+    LF_ASSERT_OK_AND_ASSIGN(const Coverage parsed, ParseCoverage(CoverageName(coverage)));
+    EXPECT_EQ(parsed, coverage);
+  }
+  EXPECT_THAT(ParseCoverage("Tiles"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("'Tiles'")));
+}
+
+}  // namespace
+}  // namespace longfill

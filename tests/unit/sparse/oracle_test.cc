@@ -1,0 +1,174 @@
+// The oracle itself, against results worked out by hand.
+
+#include "kernels/cpu/oracle/oracle.h"
+
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <numeric>
+
+#include "tests/testing/status_matchers.h"
+
+namespace longfill::oracle {
+namespace {
+
+std::vector<int32_t> Range(int32_t begin, int32_t end) {
+  std::vector<int32_t> range(end - begin);
+  std::iota(range.begin(), range.end(), begin);
+  return range;
+}
+
+TEST(Oracle, MasksOfASmallPromptAreTheWorkedOnes) {
+  EXPECT_EQ(DenseMask(5).CountPairs(), 15);
+  EXPECT_EQ(AShapeMask({1, 2}, 4).covered,
+            (std::vector<uint8_t>{1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0, 1, 1}));
+  // Row block 1 of 130 rows, distance 30: keys 34 to 97; distance 0: keys 64 to 127.
+  const std::vector<int32_t> distances = {0, 30};
+  const Mask tiles = TilesMask({}, distances, 130);
+  EXPECT_FALSE(tiles.At(64, 33));
+  EXPECT_TRUE(tiles.At(64, 34));
+  EXPECT_TRUE(tiles.At(127, 34));
+  EXPECT_FALSE(tiles.At(129, 97));
+  EXPECT_TRUE(tiles.At(129, 98));
+  EXPECT_FALSE(tiles.At(64, 65));
+  EXPECT_EQ(BlockMask({{0}, {1}, {0}}, 130).CountPairs(), 64 * 65 + 2 * 64);
+}
+
+TEST(Oracle, UniformScoresSelectForcedEntriesThenTheLowest) {
+  // q = 0: every query spreads its mass evenly, so keys before the last 64 tie, and near distances have most
+  // terms.
+  const int64_t n = 300;
+  const std::vector<float> q(n, 0);
+  const std::vector<float> k(n, 1);
+  const VerticalSlashSelection selection = SelectVerticalSlash(q.data(), k.data(), n, 1, 1, {50, 60});
+  EXPECT_EQ(selection.columns, Range(0, 50));
+  EXPECT_EQ(selection.distances, Range(0, 60));
+  double expected = 0;
+  for (int64_t query = 236; query < 300; ++query) expected += 1.0 / static_cast<double>(query + 1);
+  EXPECT_NEAR(selection.vertical_scores[0], expected, 1e-12);
+  EXPECT_NEAR(selection.slash_scores[0], expected, 1e-12);
+  EXPECT_NEAR(selection.vertical_scores[299], 1.0 / 300, 1e-15);
+  EXPECT_NEAR(selection.slash_scores[299], 1.0 / 300, 1e-15);
+  EXPECT_NEAR(std::accumulate(selection.slash_scores.begin(), selection.slash_scores.end(), 0.0), 64, 1e-10);
+}
+
+TEST(Oracle, SelectionFindsALoudKeyAndADiagonal) {
+  const int64_t n = 400;
+  std::vector<float> q(n, 1);
+  std::vector<float> k(n, 0);
+  k[200] = 12;
+  const VerticalSlashSelection selection = SelectVerticalSlash(q.data(), k.data(), n, 1, 1, {31, 164});
+  std::vector<int32_t> columns = Range(0, 30);
+  columns.push_back(200);
+  EXPECT_EQ(selection.columns, columns);
+  // The loud key lies at distances 136 to 199 of the last 64 queries.
+  std::vector<int32_t> distances = Range(0, 100);
+  for (const int32_t d : Range(136, 200)) distances.push_back(d);
+  EXPECT_EQ(selection.distances, distances);
+}
+
+TEST(Oracle, BudgetsAreClampedToTheForcedCountAndTheLength) {
+  const std::vector<float> x(400, 0.5f);
+  for (const int64_t n : {1, 29, 30, 31, 49, 50, 51, 99, 100, 101, 400}) {
+    const VerticalSlashSelection small = SelectVerticalSlash(x.data(), x.data(), n, 1, 1, {0, 1});
+    EXPECT_EQ(small.columns, Range(0, static_cast<int32_t>(std::min<int64_t>(n, 30))));
+    EXPECT_EQ(small.distances, Range(0, static_cast<int32_t>(std::min<int64_t>(n, 50))));
+    const VerticalSlashSelection large = SelectVerticalSlash(x.data(), x.data(), n, 1, 1, {1000, 6096});
+    EXPECT_EQ(large.columns, Range(0, static_cast<int32_t>(n)));
+    EXPECT_EQ(large.distances, Range(0, static_cast<int32_t>(n)));
+  }
+}
+
+TEST(Oracle, BlocksAreRankedByMeansForcedWithinTheCountAndTiesGoLow) {
+  const int64_t n = 4 * 64 + 2;
+  const std::vector<float> q(n, 1);
+  std::vector<float> k(n, 0);
+  for (int64_t row = 128; row < 192; ++row) k[row] = 3;  // block 2
+  k[256] = 8;                                            // block 4 has two rows: mean 4
+  const BlockSelection forced = SelectBlocks(q.data(), k.data(), n, 1, 3, true);
+  EXPECT_EQ(forced.blocks, (std::vector<std::vector<int32_t>>{{0}, {0, 1}, {0, 1, 2}, {0, 2, 3}, {0, 2, 4}}));
+  const BlockSelection free = SelectBlocks(q.data(), k.data(), n, 1, 2, false);
+  EXPECT_EQ(free.blocks, (std::vector<std::vector<int32_t>>{{0}, {0, 1}, {0, 2}, {0, 2}, {2, 4}}));
+  const BlockSelection one = SelectBlocks(q.data(), k.data(), n, 1, 1, true);
+  EXPECT_EQ(one.blocks, (std::vector<std::vector<int32_t>>{{0}, {1}, {2}, {3}, {4}}));
+  EXPECT_DOUBLE_EQ(free.scores[4][4], 4);
+}
+
+TEST(Oracle, AttentionIsTheMeanOfTheCoveredValuesForEqualScores) {
+  const std::vector<float> q(2 * 3, 0);    // 2 query heads, 3 queries, head_dim 1
+  const std::vector<float> k = {5, 6, 7};  // 1 KV head
+  const std::vector<float> v = {1, 2, 6};
+  Mask causal = DenseMask(3);
+  Mask sparse(3, 3);  // row 0 covers nothing
+  sparse.Set(1, 1);
+  sparse.Set(2, 0);
+  sparse.Set(2, 2);
+  const Mask* masks[] = {&causal, &sparse};
+  const AttentionInput input{q.data(), k.data(), v.data(), 2, 1, 3, 3, 1, 1.0};
+  const AttentionOutput<double> exact = Attention(input, masks);
+  const std::vector<double> out = {1, 1.5, 3, 0, 2, 3.5};
+  const std::vector<double> lse = {0, std::log(2.0), std::log(3.0), -std::numeric_limits<double>::infinity(),
+                                   0, std::log(2.0)};
+  const AttentionOutput<float> naive = NaiveFloatAttention(input, masks);
+  for (size_t i = 0; i < out.size(); ++i) {
+    EXPECT_DOUBLE_EQ(exact.out[i], out[i]) << i;
+    EXPECT_DOUBLE_EQ(exact.lse[i], lse[i]) << i;
+    EXPECT_FLOAT_EQ(naive.out[i], static_cast<float>(out[i])) << i;
+    EXPECT_FLOAT_EQ(naive.lse[i], static_cast<float>(lse[i])) << i;
+  }
+}
+
+TEST(Oracle, AttentionWeighsByTheExponentOfTheScaledProduct) {
+  const std::vector<float> q = {2, 0};
+  const std::vector<float> k = {0, 1, 3, 7};  // two keys, head_dim 2: products 0 and 6
+  const std::vector<float> v = {1, 0, 0, 1};
+  Mask mask(1, 2);
+  mask.Set(0, 0);
+  mask.Set(0, 1);
+  const Mask* masks[] = {&mask};
+  const AttentionOutput<double> got = Attention({q.data(), k.data(), v.data(), 1, 1, 1, 2, 2, 0.5}, masks);
+  EXPECT_NEAR(got.out[0], 1 / (1 + std::exp(3.0)), 1e-15);
+  EXPECT_NEAR(got.out[1], 1 / (1 + std::exp(-3.0)), 1e-15);
+  EXPECT_NEAR(got.lse[0], std::log(1 + std::exp(3.0)), 1e-14);
+}
+
+TEST(Oracle, RotaryTurnsPairsOfBothForms) {
+  const std::vector<float> x = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};  // 1 row, 2 heads, head_dim 5
+  const std::vector<double> inv_freq = {std::numbers::pi / 2, std::numbers::pi};
+  const std::vector<int64_t> position = {1};
+  RotaryInput input{x.data(), inv_freq, position, 2.0, RotaryPairs::kHalfSplit, 2, 5};
+  const std::vector<double> split = {-6, -4, 2, -8, 5, -16, -14, 12, -18, 10};
+  const std::vector<double> interleaved = {-4, 2, -6, -8, 5, -14, 12, -16, -18, 10};
+  const std::vector<double> got_split = Rotary(input);
+  input.pairs = RotaryPairs::kInterleaved;
+  const std::vector<double> got_interleaved = Rotary(input);
+  for (size_t i = 0; i < x.size(); ++i) {
+    EXPECT_NEAR(got_split[i], split[i], 1e-14) << i;
+    EXPECT_NEAR(got_interleaved[i], interleaved[i], 1e-14) << i;
+  }
+}
+
+TEST(Oracle, LayerPartsAreTheWorkedOnes) {
+  const std::vector<float> x = {3, 4, 0, 0};
+  const std::vector<float> weight = {1, 2, 3, 4};
+  const std::vector<double> normed = RmsNorm(x.data(), weight.data(), 0, 1, 4);
+  EXPECT_DOUBLE_EQ(normed[0], 3 / 2.5);
+  EXPECT_DOUBLE_EQ(normed[1], 8 / 2.5);
+  const std::vector<float> bias = {0.5f};
+  EXPECT_EQ(Gemm(x.data(), weight.data(), bias.data(), 1, 4, 1), std::vector<double>{11.5});
+  EXPECT_EQ(Gemm(x.data(), weight.data(), nullptr, 2, 2, 2), (std::vector<double>{11, 25, 0, 0}));
+  const std::vector<int32_t> ids = {1, 0};
+  EXPECT_EQ(Embed(ids, weight.data(), 2), (std::vector<double>{3, 4, 1, 2}));
+  const float a[] = {0, 1, 40};
+  const float b[] = {5, 2, 0.5f};
+  const std::vector<double> silu = GatedActivation(a, b, Gate::kSilu, 3);
+  EXPECT_DOUBLE_EQ(silu[0], 0);
+  EXPECT_DOUBLE_EQ(silu[1], 2 / (1 + std::exp(-1.0)));
+  EXPECT_DOUBLE_EQ(silu[2], 20);
+  const std::vector<double> gelu = GatedActivation(a, b, Gate::kGeluTanh, 3);
+  EXPECT_NEAR(gelu[1], 2 * 0.8411919906082768, 1e-12);
+  EXPECT_DOUBLE_EQ(gelu[2], 20);
+}
+
+}  // namespace
+}  // namespace longfill::oracle
