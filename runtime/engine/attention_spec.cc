@@ -1,0 +1,64 @@
+#include "runtime/engine/attention_spec.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "models/json_input.h"
+
+namespace longfill {
+namespace {
+
+constexpr std::string_view kAuto = "auto";
+
+absl::StatusOr<ResolvedAttention> Resolve(AttentionSpec spec, std::string_view why, int64_t num_layers,
+                                          int64_t num_q_heads) {
+  ResolvedAttention resolved;
+  if (spec.pattern_json.empty()) {
+    LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(spec.text));
+    resolved.patterns = PatternSet::Uniform(pattern, num_layers, num_q_heads);
+  } else {
+    LF_ASSIGN_OR_RETURN(resolved.patterns,
+                        ParsePatterns(spec.pattern_json, spec.text, num_layers, num_q_heads));
+  }
+  resolved.resolved = absl::StrCat(spec.text, std::string(why));
+  resolved.spec = std::move(spec);
+  return resolved;
+}
+
+}  // namespace
+
+absl::StatusOr<AttentionSpec> ReadAttentionSpec(std::string_view text) {
+  AttentionSpec spec;
+  spec.text = text;
+  if (text == kAuto) return spec;
+  const absl::StatusOr<HeadPattern> pattern = ParseHeadPattern(text);
+  if (pattern.ok()) return spec;
+  absl::StatusOr<std::string> json = ReadSmallFile(spec.text, kMaxPatternFileBytes);
+  if (json.ok()) {
+    spec.pattern_json = *std::move(json);
+    if (spec.pattern_json.empty()) {
+      return absl::InvalidArgumentError(absl::StrCat("pattern file ", spec.text, " is empty"));
+    }
+    return spec;
+  }
+  if (!absl::IsNotFound(json.status())) return json.status();
+  return absl::InvalidArgumentError(absl::StrCat("attention \"", spec.text, "\" is neither a pattern (",
+                                                 pattern.status().message(), ") nor a pattern file"));
+}
+
+absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
+                                                   const AttentionDefaults& defaults, int64_t num_tokens,
+                                                   int64_t num_layers, int64_t num_q_heads) {
+  if (spec.text != kAuto) return Resolve(spec, "", num_layers, num_q_heads);
+  if (num_tokens < defaults.dense_below) {
+    return Resolve({.text = "dense"},
+                   absl::StrCat(" (auto: ", num_tokens, " tokens < ", defaults.dense_below, ")"), num_layers,
+                   num_q_heads);
+  }
+  if (defaults.patterns.has_value()) return Resolve(*defaults.patterns, " (auto)", num_layers, num_q_heads);
+  if (defaults.model_patterns.has_value())
+    return Resolve(*defaults.model_patterns, " (auto)", num_layers, num_q_heads);
+  return Resolve({.text = ToString(kUnlistedHeadPattern)}, " (auto)", num_layers, num_q_heads);
+}
+
+}  // namespace longfill

@@ -1,0 +1,136 @@
+#ifndef LONGFILL_RUNTIME_ENGINE_PREFILL_ENGINE_H_
+#define LONGFILL_RUNTIME_ENGINE_PREFILL_ENGINE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/base/status.h"
+#include "models/config.h"
+#include "parallel/communicator.h"
+#include "parallel/mesh.h"
+#include "runtime/engine/attention_spec.h"
+#include "runtime/engine/memory_plan.h"
+#include "runtime/kv/kv_sink.h"
+
+namespace longfill {
+
+struct EngineOptions {
+  std::string model_dir;
+  Mesh mesh;                       // mesh.size() == communicator size
+  int num_threads = 1;             // of this rank
+  AttentionDefaults attention;     // model_patterns is filled by Create
+  bool keep_kv = false;            // the sink keeps all layers in memory: counts in the memory plan
+  int64_t memory_limit_bytes = 0;  // of this rank; 0: what the host has available when a request comes
+  int ranks_on_host = 1;
+};
+
+// One prompt. Only rank 0's request counts; the engine sends it to the others.
+struct PrefillRequest {
+  std::string request_id;
+  std::string transfer_id;
+  std::vector<int32_t> token_ids;
+  AttentionSpec attention;
+  Coverage coverage = Coverage::kTiles;
+  std::vector<int64_t> logits_positions;  // in the order asked; empty: the last position
+  DType kv_dtype = DType::kFloat32;
+};
+
+struct PrefillProgress {
+  int64_t total_tokens = 0;
+  int64_t processed_tokens = 0;  // total_tokens * finished share of the work in layers, rounded down
+  int64_t layers_done = 0;
+  int64_t num_layers = 0;
+  double seconds = 0;  // since the request was accepted
+};
+
+// What was measured; the fields of `longfill prefill --json`. Times are of the slowest rank for each part.
+struct PrefillFigures {
+  int64_t tokens = 0;
+  int ranks = 0;
+  Mesh mesh;
+  std::string attention;  // what "auto" resolved to
+  double seconds = 0;
+  double index_seconds = 0;
+  double attention_seconds = 0;
+  double linear_seconds = 0;
+  double communication_seconds = 0;
+  int64_t published_pairs = 0;  // causal pairs, all heads and layers (kernels/sparse/coverage.h)
+  int64_t covered_pairs = 0;
+  int64_t computed_pairs = 0;
+  double density = 0;  // covered causal pairs over all causal pairs
+  std::vector<int64_t> rank_covered_pairs;
+  double imbalance = 0;           // their maximum over their mean; 1 when nothing is covered
+  int64_t kv_bytes = 0;           // of all ranks
+  int64_t peak_memory_bytes = 0;  // largest resident set of a rank, as the kernel counts it
+};
+
+struct PrefillResult {
+  std::vector<int64_t> positions;  // as asked, resolved
+  std::vector<float> logits;       // [positions.size(), vocab_size] on rank 0, empty elsewhere
+  PrefillFigures figures;          // on rank 0
+};
+
+struct PrefillCallbacks {
+  // Rank 0: all ranks have accepted the request and opened their sinks, compute begins.
+  std::function<void(const ResolvedAttention& attention)> on_accepted;
+  std::function<void(const PrefillProgress& progress)> on_progress;  // rank 0
+  // Any rank may watch for cancellation; rank 0's is what counts for the outcome. Polled often, cheap,
+  // thread-safe.
+  std::function<absl::Status()> should_stop;
+};
+
+// The model over the ranks of one communicator. All ranks create it and call Prefill together; one prompt at
+// a time. An error that every rank returns alike leaves the engine usable; if `healthy()` is false
+// afterwards, the group is broken and the process should end.
+class PrefillEngine {
+ public:
+  // Collective. Loads (maps) the weights, checks mesh and model; every rank gets the same error. `world`
+  // outlives the engine.
+  static absl::StatusOr<std::unique_ptr<PrefillEngine>> Create(const EngineOptions& options,
+                                                               Communicator& world);
+  ~PrefillEngine();
+
+  const ModelConfig& config() const;
+  const std::string& model_fingerprint() const;
+  int64_t weights_bytes() const;
+  Communicator& world();
+
+  // What can be refused before any work: empty prompt, ids out of vocabulary, length against the model and
+  // the memory, logits positions, the pattern against the model's shape. Local, thread-safe, callable while a
+  // prompt computes.
+  absl::Status Validate(const PrefillRequest& request) const;
+
+  // Rank 0: runs the request on all ranks, which are in Serve(). Validates first. Cancelled, DeadlineExceeded
+  // (from should_stop), errors of sinks and of ranks come back as they are.
+  absl::StatusOr<PrefillResult> Prefill(const PrefillRequest& request, const KvSinkFactory& sink_factory,
+                                        const PrefillCallbacks& callbacks);
+
+  // Ranks other than 0: takes part in requests until rank 0 calls Shutdown (OK) or the group breaks (the
+  // error). `on_request_done` is called after each request with its outcome.
+  absl::Status Serve(const KvSinkFactory& sink_factory, const std::function<absl::Status()>& should_stop,
+                     const std::function<void(const absl::Status& outcome)>& on_request_done);
+
+  // Rank 0: ends Serve on the others. Idempotent.
+  absl::Status Shutdown();
+
+  // Rank 0, between requests: keeps the waits of the others within their deadline. Call at least every
+  // quarter of the communicator's timeout while idle.
+  absl::Status KeepAlive();
+
+  bool healthy() const;
+
+ private:
+  struct Impl;
+  explicit PrefillEngine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace longfill
+
+#endif  // LONGFILL_RUNTIME_ENGINE_PREFILL_ENGINE_H_

@@ -1,0 +1,55 @@
+#ifndef LONGFILL_RUNTIME_KV_KV_SINK_H_
+#define LONGFILL_RUNTIME_KV_KV_SINK_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "kernels/api/kernel_set.h"
+#include "kernels/base/dtype.h"
+#include "kernels/base/status.h"
+#include "parallel/mesh.h"
+
+namespace longfill {
+
+// What a rank needs to know to take the KV cache of one request: equal on all ranks but for `rank`.
+struct KvTransferSpec {
+  std::string request_id;
+  std::string transfer_id;    // unguessable, unique per request; chosen by rank 0
+  ShardPlan plan{Mesh{}, 0};  // which tokens this rank owns: plan.TokenRanges(rank)
+  int rank = 0;
+  int64_t num_layers = 0;
+  int64_t num_kv_heads = 0;  // a rank owns all KV heads of its tokens
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;  // of storage and wire; the sink converts
+  // Bytes of key and value that this rank will append, all layers.
+  int64_t OwnedBytes() const {
+    return 2 * num_layers * num_kv_heads * plan.NumTokens(rank) * head_dim * DTypeBytes(dtype);
+  }
+};
+
+// Where one rank's K and V of one request go. The engine calls Append for every layer in order and, within a
+// layer, for ascending row pieces until all local rows are there; then Finish exactly once, also after an
+// error. Called from one thread. Append copies or converts before it returns: the views are reused. It may
+// block for back-pressure, within a deadline. An error ends the request on all ranks at the next layer
+// boundary and comes back through Finish.
+class KvSink {
+ public:
+  virtual ~KvSink() = default;
+  // key, value: [num_kv_heads, row_end - row_begin, head_dim], post-RoPE; rows are local rows of the rank's
+  // tokens.
+  virtual absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const float> key,
+                              HeadsView<const float> value) = 0;
+  // OK: every layer was appended. Otherwise the reason for which nothing more comes; what was taken is
+  // discarded.
+  virtual absl::Status Finish(const absl::Status& outcome) = 0;
+};
+
+// Called on every rank after the plan is agreed and before any work. An error here is an error of the
+// request.
+using KvSinkFactory = std::function<absl::StatusOr<std::unique_ptr<KvSink>>(const KvTransferSpec& spec)>;
+
+}  // namespace longfill
+
+#endif  // LONGFILL_RUNTIME_KV_KV_SINK_H_

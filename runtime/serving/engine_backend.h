@@ -1,0 +1,16 @@
+#ifndef LONGFILL_RUNTIME_SERVING_ENGINE_BACKEND_H_
+#define LONGFILL_RUNTIME_SERVING_ENGINE_BACKEND_H_
+
+#include <memory>
+
+#include "runtime/engine/prefill_engine.h"
+#include "runtime/serving/prefill_backend.h"
+
+namespace longfill {
+
+// The engine as the service sees it. `engine` was created with `options` and outlives the backend.
+std::unique_ptr<PrefillBackend> MakeEngineBackend(PrefillEngine* engine, const EngineOptions& options);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_RUNTIME_SERVING_ENGINE_BACKEND_H_
