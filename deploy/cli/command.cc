@@ -1,0 +1,205 @@
+#include "deploy/cli/command.h"
+
+#include <sys/random.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <filesystem>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "deploy/cli/output_directory.h"
+#include "deploy/cli/token_file.h"
+#include "kernels/base/dtype.h"
+#include "kernels/sparse/head_pattern.h"
+
+namespace longfill {
+
+void PrintError(std::string_view message) {
+  std::string line(message);
+  std::replace(line.begin(), line.end(), '\n', ' ');
+  std::fprintf(stderr, "longfill: %s\n", line.c_str());
+}
+
+int ExitCodeOf(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+      return kExitDone;
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kAlreadyExists:
+    case absl::StatusCode::kPermissionDenied:
+    case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kUnimplemented:
+      return kExitUsage;
+    default:
+      return kExitFailed;
+  }
+}
+
+int Report(const absl::Status& status) {
+  if (!status.ok()) PrintError(std::string_view(status.message().data(), status.message().size()));
+  return ExitCodeOf(status);
+}
+
+void AddModelOption(CLI::App& app, ModelOptions& options) {
+  app.add_option("--model", options.model_dir,
+                 "Hugging Face model directory: config.json and model.safetensors or its shards")
+      ->type_name("DIR")
+      ->required();
+}
+
+void AddMeshOption(CLI::App& app, ModelOptions& options) {
+  app.add_option(
+         "--mesh", options.mesh_text,
+         "how the ranks split a prompt, for example sequence=2,head=2 (default: sequence=ranks,head=1)")
+      ->type_name("sequence=S,head=H");
+}
+
+void AddDeviceOption(CLI::App& app, ModelOptions& options) {
+  app.add_option("--device", options.device, "cpu (default) or cuda")
+      ->type_name("DEVICE")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+}
+
+void AddThreadsOption(CLI::App& app, ModelOptions& options) {
+  app.add_option("--threads", options.threads,
+                 "worker threads of each rank (default: cores / ranks on the host)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 4096));
+}
+
+void AddMemoryOption(CLI::App& app, ModelOptions& options) {
+  app.add_option("--memory-limit", options.memory_limit_bytes,
+                 "memory that one rank may plan with, such as 4GB; longer prompts are refused (default: what "
+                 "the host has)")
+      ->type_name("BYTES")
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
+}
+
+void AddPatternOptions(CLI::App& app, ModelOptions& options) {
+  app.add_option(
+         "--dense-below", options.dense_below,
+         absl::StrCat("'auto' is dense for prompts below N tokens (default: ", options.dense_below, ")"))
+      ->type_name("N")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--patterns", options.patterns_path,
+                 "what 'auto' uses for longer prompts: a pattern file, or a directory with patterns.json\n"
+                 "(default: patterns.json of the model directory, else vertical-slash:1000,6096)")
+      ->type_name("FILE|DIR");
+}
+
+absl::Status CheckDevice(const std::string& device) {
+  if (device == "cuda") {
+    return absl::UnimplementedError(
+        "--device cuda: the CUDA backend is not built in; --device cpu computes on the CPU");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<AttentionSpec> ReadPatterns(const std::string& path) {
+  std::error_code ignored;
+  const bool directory = std::filesystem::is_directory(path, ignored);
+  const std::string file = directory ? (std::filesystem::path(path) / "patterns.json").string() : path;
+  if (!std::filesystem::is_regular_file(file, ignored)) {
+    return absl::NotFoundError(absl::StrCat("--patterns: there is no pattern file ", file));
+  }
+  absl::StatusOr<AttentionSpec> spec = ReadAttentionSpec(file);
+  if (!spec.ok()) return Annotate(spec.status(), "--patterns");
+  return spec;
+}
+
+absl::StatusOr<EngineOptions> MakeEngineOptions(const ModelOptions& options, const World& world) {
+  LF_RETURN_IF_ERROR(CheckDevice(options.device));
+  EngineOptions engine;
+  engine.model_dir = options.model_dir;
+  engine.mesh = Mesh{world.size(), 1};
+  if (!options.mesh_text.empty()) {
+    LF_ASSIGN_OR_RETURN(engine.mesh, ParseMesh(options.mesh_text));
+  }
+  if (engine.mesh.size() != world.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--mesh ", ToString(engine.mesh), " is a mesh of ", engine.mesh.size(), " ranks, there are ",
+        world.size(), " (mpirun -np ", engine.mesh.size(), " longfill ... starts so many)"));
+  }
+  engine.ranks_on_host = world.ranks_on_host();
+  engine.num_threads = options.threads > 0 ? options.threads : DefaultThreads(world.ranks_on_host());
+  engine.attention.dense_below = options.dense_below;
+  engine.memory_limit_bytes = static_cast<int64_t>(options.memory_limit_bytes);
+  if (!options.patterns_path.empty()) {
+    LF_ASSIGN_OR_RETURN(engine.attention.patterns, ReadPatterns(options.patterns_path));
+  }
+  return engine;
+}
+
+void AddPromptOptions(CLI::App& app, PromptOptions& options) {
+  app.add_option("--tokens", options.token_paths,
+                 "token ids of the prompt: NAME.i32 holds little-endian int32, any other file a JSON list, "
+                 "'-' is a JSON\n"
+                 "list on standard input. Repeat it for several prompts: results go to OUT/000, OUT/001, ...")
+      ->type_name("FILE")
+      ->required()
+      ->take_all();
+  app.add_option("--out", options.out,
+                 "directory for manifest.json, kv-layer-LLL-rank-RRR.safetensors and logits.safetensors; "
+                 "made if missing")
+      ->type_name("DIR")
+      ->required();
+  app.add_option(
+         "--attention", options.attention,
+         "dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S; block-sparse:K (forced blocks count within K);\n"
+         "a pattern file in the published JSON form; or auto (default)")
+      ->type_name("SPEC");
+  app.add_option(
+         "--coverage", options.coverage,
+         "tiles (default): the selection and what its tiles touch; parity: what the published kernels cover")
+      ->type_name("COVERAGE")
+      ->check(CLI::IsMember({"parity", "tiles"}));
+  app.add_option("--logits", options.logits,
+                 "positions whose logits are wanted, such as 4094,4095 (default: last)")
+      ->type_name("POSITIONS");
+  app.add_option("--kv-dtype", options.kv_dtype,
+                 "type of the KV cache: float32 (default), bfloat16 or float16")
+      ->type_name("TYPE")
+      ->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
+  app.add_flag(
+      "--overwrite", options.overwrite,
+      "write into a directory that is not empty; replaces files of an earlier result, touches no other");
+  app.add_flag(
+      "--json", options.json,
+      "print the figures as one JSON object and nothing else on standard output; for several prompts\n"
+      "{\"prompts\": [...]}");
+}
+
+absl::StatusOr<std::vector<PrefillRequest>> ReadPrompts(const PromptOptions& options) {
+  PrefillRequest prototype;
+  LF_ASSIGN_OR_RETURN(prototype.attention, ReadAttentionSpec(options.attention));
+  LF_ASSIGN_OR_RETURN(prototype.coverage, ParseCoverage(options.coverage));
+  LF_ASSIGN_OR_RETURN(prototype.logits_positions, ParseLogitsPositions(options.logits));
+  LF_ASSIGN_OR_RETURN(prototype.kv_dtype, ParseDType(options.kv_dtype));
+  if (std::count(options.token_paths.begin(), options.token_paths.end(), "-") > 1) {
+    return absl::InvalidArgumentError("--tokens -: standard input can be read once only");
+  }
+  std::vector<PrefillRequest> prompts;
+  for (const std::string& path : options.token_paths) {
+    PrefillRequest prompt = prototype;
+    LF_ASSIGN_OR_RETURN(prompt.token_ids, ReadTokenFile(path));
+    prompt.request_id = PromptName(static_cast<int>(prompts.size()));
+    prompt.transfer_id = RandomId();
+    prompts.push_back(std::move(prompt));
+  }
+  return prompts;
+}
+
+std::string RandomId() {
+  std::array<char, 16> bytes;
+  size_t filled = 0;
+  while (filled < bytes.size()) {
+    const ssize_t count = getrandom(bytes.data() + filled, bytes.size() - filled, 0);
+    if (count > 0) filled += static_cast<size_t>(count);
+  }
+  return absl::BytesToHexString(absl::string_view(bytes.data(), bytes.size()));
+}
+
+}  // namespace longfill

@@ -1,0 +1,211 @@
+// longfill prefill: the batch job. Under mpirun all ranks run this file; rank 0 reads the input, writes
+// manifest and logits and speaks, every rank writes the KV files of its own tokens.
+
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "deploy/cli/command.h"
+#include "deploy/cli/figures.h"
+#include "deploy/cli/output_directory.h"
+#include "models/fingerprint.h"
+#include "runtime/kv/kv_manifest.h"
+
+namespace longfill {
+namespace {
+
+struct PrefillOptions {
+  ModelOptions model;
+  PromptOptions prompt;
+};
+
+// Input that rank 0 has read and checked. Bad input of any kind is exit code 2.
+struct Job {
+  std::vector<PrefillRequest> prompts;
+  std::unique_ptr<OutputDirectory> output;
+};
+
+// Sinks into the folder of the prompt that the request id names.
+KvSinkFactory MakeSinks(const std::string& out, int num_prompts) {
+  return [out, num_prompts](const KvTransferSpec& spec) -> absl::StatusOr<std::unique_ptr<KvSink>> {
+    const std::string folder =
+        num_prompts == 1 ? out : (std::filesystem::path(out) / spec.request_id).string();
+    std::error_code
+        ignored;  // other hosts may not see rank 0's directory; the sink reports what it cannot write
+    std::filesystem::create_directories(folder, ignored);
+    return MakeKvFileSinkFactory(folder)(spec);
+  };
+}
+
+absl::StatusOr<KvManifest> MakeManifest(const PrefillEngine& engine, const Mesh& mesh,
+                                        const PrefillRequest& prompt) {
+  const ModelConfig& config = engine.config();
+  const auto num_tokens = static_cast<int64_t>(prompt.token_ids.size());
+  KvManifest manifest;
+  manifest.request_id = prompt.request_id;
+  manifest.transfer_id = prompt.transfer_id;
+  manifest.instance_epoch = "batch";
+  manifest.architecture = config.architecture;
+  manifest.model_fingerprint = engine.model_fingerprint();
+  LF_ASSIGN_OR_RETURN(manifest.token_hashes, TokenHashChain(prompt.token_ids, manifest.page_tokens));
+  manifest.num_tokens = num_tokens;
+  manifest.num_layers = config.num_layers;
+  manifest.num_kv_heads = config.num_kv_heads;
+  manifest.head_dim = config.head_dim;
+  manifest.dtype = prompt.kv_dtype;
+  const ShardPlan plan(mesh, num_tokens);
+  for (int rank = 0; rank < mesh.size(); ++rank)
+    manifest.shards.push_back({rank, "", plan.TokenRanges(rank)});
+  manifest.files = BatchFiles(plan, config.num_layers, config.num_kv_heads);
+  return manifest;
+}
+
+void PrintProgress(const PrefillProgress& progress) {
+  std::fprintf(stderr, "layer %lld of %lld, %.1f s\n", static_cast<long long>(progress.layers_done),
+               static_cast<long long>(progress.num_layers), progress.seconds);
+}
+
+// Prints a line for every tenth of the layers.
+PrefillCallbacks MakeCallbacks(const StopSignals& signals, bool quiet) {
+  PrefillCallbacks callbacks;
+  callbacks.should_stop = [&signals] { return signals.ShouldStop(); };
+  if (quiet) return callbacks;
+  callbacks.on_progress = [last_tenth = int64_t{0}](const PrefillProgress& progress) mutable {
+    if (progress.num_layers == 0) return;
+    const int64_t tenth = progress.layers_done * 10 / progress.num_layers;
+    if (tenth > last_tenth) PrintProgress(progress);
+    last_tenth = tenth;
+  };
+  return callbacks;
+}
+
+absl::Status RunPrompt(PrefillEngine& engine, const Mesh& mesh, const PrefillRequest& prompt,
+                       const std::string& folder, const KvSinkFactory& sinks,
+                       const PrefillCallbacks& callbacks, std::vector<PrefillFigures>& figures) {
+  LF_ASSIGN_OR_RETURN(const KvManifest manifest, MakeManifest(engine, mesh, prompt));
+  LF_ASSIGN_OR_RETURN(const PrefillResult result, engine.Prefill(prompt, sinks, callbacks));
+  LF_RETURN_IF_ERROR(WriteLogitsFile(folder, result.positions, result.logits, engine.config().vocab_size));
+  // Last, so that a manifest stands for a whole result.
+  LF_RETURN_IF_ERROR(
+      WriteTextFile((std::filesystem::path(folder) / kManifestFileName).string(), manifest.ToJson()));
+  figures.push_back(result.figures);
+  return absl::OkStatus();
+}
+
+// Rank 0 after the engine is there. Returns the exit code; the error is printed.
+int RunJob(PrefillEngine& engine, const Mesh& mesh, const PrefillOptions& options, Job& job,
+           const StopSignals& signals) {
+  const auto name = [&](size_t i) {
+    return job.prompts.size() == 1 ? std::string() : absl::StrCat(options.prompt.token_paths[i], ": ");
+  };
+  for (size_t i = 0; i < job.prompts.size(); ++i) {
+    if (const absl::Status status = engine.Validate(job.prompts[i]); !status.ok()) {
+      PrintError(absl::StrCat(name(i), status.message()));
+      return kExitUsage;
+    }
+  }
+  if (const absl::Status status = job.output->Prepare(); !status.ok()) return Report(status);
+  const KvSinkFactory sinks = MakeSinks(options.prompt.out, static_cast<int>(job.prompts.size()));
+  std::vector<PrefillFigures> figures;
+  for (size_t i = 0; i < job.prompts.size(); ++i) {
+    const std::string folder = job.output->Folder(static_cast<int>(i));
+    const absl::Status status = RunPrompt(engine, mesh, job.prompts[i], folder, sinks,
+                                          MakeCallbacks(signals, options.prompt.json), figures);
+    if (!status.ok()) {
+      PrintError(absl::StrCat(name(i), status.message()));
+      return ExitCodeOf(status);
+    }
+    if (!options.prompt.json) std::printf("%s%s\n", name(i).c_str(), FiguresToText(figures.back()).c_str());
+  }
+  job.output->Keep();
+  if (options.prompt.json) std::printf("%s\n", FiguresToJson(figures).c_str());
+  if (std::fflush(stdout) != 0) {
+    PrintError("cannot write to standard output");
+    return kExitFailed;
+  }
+  return kExitDone;
+}
+
+absl::StatusOr<Job> ReadJob(const PromptOptions& options) {
+  Job job;
+  LF_ASSIGN_OR_RETURN(job.prompts, ReadPrompts(options));
+  LF_ASSIGN_OR_RETURN(job.output, OutputDirectory::Open(options.out, static_cast<int>(job.prompts.size()),
+                                                        options.overwrite));
+  return job;
+}
+
+// The engine on all ranks, or on all ranks the exit code of the same error, printed once.
+struct Started {
+  std::unique_ptr<PrefillEngine> engine;
+  Mesh mesh;
+  int exit_code = kExitDone;
+};
+
+Started StartEngine(const ModelOptions& options, World& world, const absl::Status& job_status) {
+  Started started;
+  absl::StatusOr<EngineOptions> engine_options = MakeEngineOptions(options, world);
+  absl::Status status = world.Agree(job_status.ok() ? engine_options.status() : job_status);
+  if (status.ok()) {
+    started.mesh = engine_options->mesh;
+    auto engine = PrefillEngine::Create(*engine_options, world.communicator());
+    status = engine.status();
+    if (engine.ok()) started.engine = std::move(*engine);
+  }
+  if (status.ok()) return started;
+  if (world.rank() == 0) Report(status);
+  // A broken checkpoint is bad input, although its bytes are what is wrong.
+  started.exit_code = absl::IsDataLoss(status) ? static_cast<int>(kExitUsage) : ExitCodeOf(status);
+  return started;
+}
+
+// Ranks other than 0. An error that rank 0 knows as well is printed there.
+int ServeJob(PrefillEngine& engine, const std::string& out, int num_prompts, const StopSignals& signals) {
+  absl::Status last_outcome;
+  const absl::Status status = engine.Serve(
+      MakeSinks(out, num_prompts), [&signals] { return signals.ShouldStop(); },
+      [&last_outcome](const absl::Status& outcome) { last_outcome = outcome; });
+  if (!status.ok() && !engine.healthy()) {
+    PrintError(absl::StrCat("rank ", engine.world().rank(), ": ", status.message()));
+    return kExitFailed;
+  }
+  return ExitCodeOf(status.ok() ? last_outcome : status);
+}
+
+int Prefill(const PrefillOptions& options, CommandContext& context) {
+  // Before anything that may fail, so that errors can be agreed on and are printed once.
+  auto world = World::Create(context.launch, kExitFailed);
+  if (!world.ok()) return context.launch.rank == 0 ? Report(world.status()) : ExitCodeOf(world.status());
+  absl::StatusOr<Job> job = Job{};
+  if ((*world)->rank() == 0) job = ReadJob(options.prompt);
+  const Started started = StartEngine(options.model, **world, job.status());
+  if (started.engine == nullptr) return started.exit_code;
+  if ((*world)->rank() != 0) {
+    return ServeJob(*started.engine, options.prompt.out, static_cast<int>(options.prompt.token_paths.size()),
+                    *context.signals);
+  }
+  const int exit_code = RunJob(*started.engine, started.mesh, options, *job, *context.signals);
+  if (const absl::Status status = started.engine->Shutdown(); !status.ok() && exit_code == kExitDone)
+    return Report(status);
+  return exit_code;
+}
+
+}  // namespace
+
+Command AddPrefillCommand(CLI::App& program) {
+  CLI::App* app = program.add_subcommand(
+      "prefill",
+      "Prefill prompts as a batch job and write KV cache and logits to files; ranks are started by mpirun");
+  auto options = std::make_shared<PrefillOptions>();
+  AddModelOption(*app, options->model);
+  AddPromptOptions(*app, options->prompt);
+  AddMeshOption(*app, options->model);
+  AddDeviceOption(*app, options->model);
+  AddThreadsOption(*app, options->model);
+  AddMemoryOption(*app, options->model);
+  AddPatternOptions(*app, options->model);
+  return {app, [options](CommandContext& context) { return Prefill(*options, context); }};
+}
+
+}  // namespace longfill

@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""The batch job: `longfill prefill` and `longfill inspect` against golden data, and what they refuse."""
+
+import ctypes
+import json
+import os
+import signal
+import struct
+import subprocess
+import time
+import unittest
+
+import numpy
+import support
+from support import GOLDEN, run, some_tokens, write_model, write_tokens
+
+import longfill
+from longfill import safetensors_io
+
+
+def golden(case):
+    return {name: array for name, (_, array) in safetensors_io.read(GOLDEN / case / "golden.safetensors").items()}
+
+
+class Golden(support.TemporaryDirectoryTest):
+    """fp32 KV and logits within 1e-3 of their largest value (observed: 1e-5), on one rank and on several."""
+
+    CASES = ["llama-gqa4", "llama-sharded-v5", "llama-rope-yarn-mscale", "llama-all-biases-fp32"]
+
+    def check(self, case, **options):
+        expected = golden(case)
+        positions = ",".join(str(p) for p in expected["positions"])
+        out = self.tmp / "out"
+        arguments = ["prefill", "--model", GOLDEN / case, "--tokens", GOLDEN / case / "tokens.i32", "--out", out,
+                     "--attention", "dense", "--logits", positions, "--json", "--overwrite"]
+        ranks = options.get("ranks")
+        if ranks:
+            arguments += ["--mesh", options["mesh"]]
+        result = run(*arguments, ranks=ranks)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        figures = json.loads(result.stdout)
+        self.assertEqual(figures["ranks"], ranks or 1)
+        self.assertEqual(figures["density"], 1.0)
+        self.assertEqual(sum(figures["rank_covered_pairs"]), figures["covered_pairs"])
+        got = longfill.load_manifest(out)
+        self.assertEqual(got.positions.tolist(), expected["positions"].tolist())
+        self.assert_close(got.logits, expected["logits"], "logits")
+        for layer, (key, value) in enumerate(got.to_numpy()):
+            self.assert_close(key, expected[f"layer.{layer}.key"], f"layer {layer} key")
+            self.assert_close(value, expected[f"layer.{layer}.value"], f"layer {layer} value")
+        self.assertEqual(figures["kv_bytes"], sum(k.nbytes + v.nbytes for k, v in got.kv))
+
+    def assert_close(self, got, expected, what):
+        self.assertEqual(got.shape, expected.shape, what)
+        worst = numpy.unravel_index(numpy.abs(got - expected).argmax(), got.shape)
+        self.assertLessEqual(abs(got[worst] - expected[worst]), 1e-3 * numpy.abs(expected).max(),
+                             f"{what} at {worst}: {got[worst]} instead of {expected[worst]}")
+
+    def test_one_rank_computes_what_transformers_computes(self):
+        for case in self.CASES:
+            with self.subTest(case):
+                self.check(case)
+
+    def test_four_ranks_compute_what_transformers_computes(self):
+        for mesh in ("sequence=4", "head=4", "sequence=2,head=2"):
+            with self.subTest(mesh):
+                self.check("llama-gqa4", ranks=4, mesh=mesh)
+
+
+class Output(support.TemporaryDirectoryTest):
+    def setUp(self):
+        super().setUp()
+        self.model = write_model(self.tmp / "model")
+        self.tokens = write_tokens(self.tmp / "prompt.i32", some_tokens(300))
+
+    def prefill(self, *options, ranks=None, **more):
+        return run("prefill", "--model", self.model, "--out", self.tmp / "out", *options, ranks=ranks, **more)
+
+    def test_json_is_all_of_standard_output_and_has_every_figure(self):
+        for ranks in (None, 2):
+            result = self.prefill("--tokens", self.tokens, "--json", "--overwrite", ranks=ranks)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            figures = json.loads(result.stdout)
+            wanted = {"tokens", "ranks", "mesh", "seconds", "index_seconds", "attention_seconds", "linear_seconds",
+                      "communication_seconds", "published_pairs", "covered_pairs", "computed_pairs", "density",
+                      "rank_covered_pairs", "imbalance", "kv_bytes", "peak_memory_bytes"}
+            self.assertLessEqual(wanted, figures.keys())
+            self.assertEqual(figures["tokens"], 300)
+            self.assertEqual(len(figures["rank_covered_pairs"]), ranks or 1)
+            self.assertGreater(figures["peak_memory_bytes"], 1 << 20)
+
+    def test_every_form_of_tokens_gives_the_same_result(self):
+        ids = some_tokens(300)
+        (self.tmp / "prompt.json").write_text(json.dumps(ids))
+        results = []
+        for source, text in ((self.tokens, None), (self.tmp / "prompt.json", None), ("-", json.dumps(ids))):
+            result = self.prefill("--tokens", source, "--overwrite", **({"input": text} if text else {}))
+            self.assertEqual(result.returncode, 0, result.stderr)
+            results.append(longfill.load_manifest(self.tmp / "out"))
+        for other in results[1:]:
+            numpy.testing.assert_array_equal(other.logits, results[0].logits)
+            self.assertEqual(other.manifest.token_hashes, results[0].manifest.token_hashes)
+
+    def test_several_prompts_go_to_numbered_folders(self):
+        short = write_tokens(self.tmp / "short.i32", some_tokens(3))
+        for ranks in (None, 4):
+            result = self.prefill("--tokens", self.tokens, "--tokens", short, "--json", "--overwrite", ranks=ranks)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual([p["tokens"] for p in json.loads(result.stdout)["prompts"]], [300, 3])
+            self.assertEqual(longfill.load_manifest(self.tmp / "out" / "000").manifest.num_tokens, 300)
+            self.assertEqual(longfill.load_manifest(self.tmp / "out" / "001").manifest.num_tokens, 3)
+            self.assertEqual(sorted(p.name for p in (self.tmp / "out").iterdir()), ["000", "001"])
+
+    def test_a_manifest_names_every_file_and_each_token_once(self):
+        result = self.prefill("--tokens", self.tokens, "--mesh", "sequence=2,head=2", ranks=4)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        prefilled = longfill.load_manifest(self.tmp / "out")  # checks that every (layer, head, token) is there once
+        files = {f.name for f in prefilled.manifest.files} | {"manifest.json", "logits.safetensors"}
+        self.assertEqual(set(support.files_below(self.tmp / "out")), files)
+
+    def test_half_precision_caches_are_the_rounded_float32_cache(self):
+        caches = {}
+        for dtype in ("float32", "bfloat16", "float16"):
+            result = self.prefill("--tokens", self.tokens, "--kv-dtype", dtype, "--overwrite")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            caches[dtype] = longfill.load_manifest(self.tmp / "out").to_numpy()
+        for dtype, relative in (("bfloat16", 2**-8), ("float16", 2**-11)):
+            for (key, value), (key32, value32) in zip(caches[dtype], caches["float32"]):
+                numpy.testing.assert_allclose(key, key32, rtol=relative, atol=1e-6)
+                numpy.testing.assert_allclose(value, value32, rtol=relative, atol=1e-6)
+
+    def test_overwrite_touches_no_file_of_others(self):
+        out = self.tmp / "out"
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        result = self.prefill("--tokens", self.tokens)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("--overwrite", result.stderr)
+        self.assertEqual(support.files_below(out), ["notes.txt"])
+        result = self.prefill("--tokens", self.tokens, "--overwrite")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual((out / "notes.txt").read_text(), "mine")
+
+    def test_sparse_patterns_report_their_density(self):
+        tokens = write_tokens(self.tmp / "long.i32", some_tokens(3000))
+        for spec in ("a-shape:64,128", "vertical-slash:30,50", "block-sparse:4"):
+            for coverage in ("tiles", "parity"):
+                result = self.prefill("--tokens", tokens, "--attention", spec, "--coverage", coverage, "--json", "--overwrite")
+                self.assertEqual(result.returncode, 0, result.stderr)
+                figures = json.loads(result.stdout)
+                self.assertLess(figures["density"], 0.5, spec)
+                self.assertLessEqual(figures["covered_pairs"], figures["computed_pairs"], spec)
+
+    def test_inspect_shows_model_and_plan(self):
+        result = run("inspect", "--model", self.model, "--tokens", "300", "--mesh", "sequence=2")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        for text in ("LlamaForCausalLM", "300 tokens", "sequence=2,head=1", "total", "longest prompt"):
+            self.assertIn(text, result.stdout)
+
+
+class BadInput(support.TemporaryDirectoryTest):
+    """Exit code 2, one line `longfill: ...` on standard error that names what is wrong, and nothing left behind."""
+
+    def setUp(self):
+        super().setUp()
+        self.model = write_model(self.tmp / "model")
+        self.tokens = write_tokens(self.tmp / "prompt.i32", some_tokens(300))
+
+    def refused(self, *words, model=None, tokens=None, options=(), ranks=None, command="prefill", code=2, **more):
+        out = self.tmp / "out"
+        arguments = [command, "--model", model or self.model]
+        if command == "prefill":
+            arguments += ["--tokens", tokens or self.tokens, "--out", out]
+        result = run(*arguments, *options, ranks=ranks, **more)
+        self.assertEqual(result.returncode, code, f"{result.stderr}\n{result.stdout}")
+        self.assertEqual(result.stdout, "")
+        ours = [line for line in result.stderr.splitlines() if line.startswith("longfill: ")]
+        self.assertEqual(len(ours), 1, result.stderr)
+        if ranks is None:
+            self.assertEqual(len(result.stderr.splitlines()), 1, result.stderr)
+        for word in words:
+            self.assertIn(str(word), ours[0])
+        self.assertFalse(out.exists(), "output was left behind")
+
+    def file(self, name, content):
+        path = self.tmp / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def test_token_files(self):
+        for name, content, *words in (
+            ("a.i32", b"", "no token ids"),
+            ("b.i32", b"\1\0\0\0\2", "5 bytes"),
+            ("c.i32", struct.pack("<2i", 1, -4), "-4", "index 1"),
+            ("d.i32", struct.pack("<2i", 1, 97), "97"),
+            ("e.json", "[]", "no token ids"),
+            ("f.json", "[1, 2.5]", "2.5", "element 1"),
+            ("g.json", "[1, -2]", "-2", "index 1"),
+            ("h.json", "hello", "h.json"),
+            ("i.json", "[1, 3000000000]", "3000000000"),
+        ):
+            with self.subTest(name):
+                self.refused(*words, tokens=self.file(name, content))
+        self.refused("nowhere.i32", tokens=self.tmp / "nowhere.i32")
+
+    def test_prompts_beyond_the_model_or_the_memory(self):
+        self.refused("4097", "4096", tokens=write_tokens(self.tmp / "long.i32", some_tokens(4097)))
+        with self.subTest("memory"):
+            large = write_model(self.tmp / "large", max_position_embeddings=1 << 24)
+            tokens = write_tokens(self.tmp / "large.i32", some_tokens(400000))
+            self.refused("tokens", "fit", model=large, tokens=tokens, options=["--memory-limit", "20MB"])
+
+    def test_options(self):
+        for options, *words in (
+            (["--attention", "a-shape:-1,5"], "-1"),
+            (["--attention", "vertical-slash:10,-2"], "-2"),
+            (["--attention", "block-sparse:0"], "0"),
+            (["--attention", "triangle:3"], "triangle:3"),
+            (["--logits", "300"], "300"),
+            (["--logits", "5,-1"], "-1"),
+            (["--mesh", "sequence=2"], "sequence=2", "mpirun"),
+            (["--mesh", "rows=2"], "rows"),
+            (["--device", "cuda"], "CUDA backend is not built in"),
+            (["--device", "tpu"], "--device"),
+            (["--kv-dtype", "int8"], "--kv-dtype"),
+            (["--coverage", "all"], "--coverage"),
+            (["--threads", "0"], "--threads"),
+            (["--dense-below", "-5"], "--dense-below"),
+            (["--patterns", "/no/such/file"], "/no/such/file"),
+            (["--no-such-option"], "--no-such-option"),
+        ):
+            with self.subTest(options):
+                self.refused(*words, options=options)
+
+    def test_pattern_files(self):
+        good = [{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)} for _ in range(2)]
+        cases = {
+            "layers.json": (good[:1], "layer"),
+            "heads.json": ([good[0] | {"4": ["stream_llm", 1, 2, 1.0]}, good[1]], "4"),
+            "type.json": ([good[0] | {"1": ["circle", 1, 2, 1.0]}, good[1]], "circle"),
+            "budget.json": ([good[0] | {"1": ["vertical_and_slash", -1, 2, 1.0]}, good[1]], "-1"),
+            "form.json": ({"a": 1}, "form.json"),
+        }
+        for name, (patterns, word) in cases.items():
+            with self.subTest(name):
+                self.refused(word, options=["--attention", self.file(name, json.dumps(patterns))])
+
+    def test_output_directories(self):
+        file = self.file("plain", "x")
+        for out, word in ((file, "not a directory"), (file / "below", "plain"), ("/proc/longfill", "/proc/longfill")):
+            with self.subTest(out):
+                result = run("prefill", "--model", self.model, "--tokens", self.tokens, "--out", out)
+                self.assertEqual(result.returncode, 2, result.stderr)
+                self.assertIn(word, result.stderr)
+
+    def test_errors_under_mpirun_are_printed_once(self):
+        self.refused("97", tokens=write_tokens(self.tmp / "id.i32", [1, 97]), ranks=3)
+        self.refused("nowhere.i32", tokens=self.tmp / "nowhere.i32", ranks=3)
+        self.refused("sequence=2", "3", options=["--mesh", "sequence=2"], ranks=3)
+        self.refused("--no-such-option", options=["--no-such-option"], ranks=3)
+        self.refused("config.json", model=self.tmp, ranks=3)
+
+    def test_usage_without_a_subcommand(self):
+        result = run()
+        self.assertEqual(result.returncode, 2)
+        self.assertTrue(result.stderr.startswith("longfill: "))
+
+
+class BadModel(BadInput):
+    """Checkpoints that are refused, by `prefill` and by `inspect`."""
+
+    # The cases of the base class run there.
+    test_token_files = test_prompts_beyond_the_model_or_the_memory = test_options = test_pattern_files = None
+    test_output_directories = test_errors_under_mpirun_are_printed_once = test_usage_without_a_subcommand = None
+
+    def refused_model(self, model, *words):
+        for command in ("prefill", "inspect"):
+            with self.subTest(f"{model.name} {command}"):
+                self.refused(*words, model=model, command=command)
+
+    def with_tensors(self, name, change):
+        """A model whose tensors went through `change`."""
+        model = write_model(self.tmp / name)
+        path = model / "model.safetensors"
+        tensors = {n: (kind, numpy.array(array)) for n, (kind, array) in safetensors_io.read(path).items()}
+        change(tensors)
+        safetensors_io.write(path, tensors)
+        return model
+
+    def with_bytes(self, name, change):
+        model = write_model(self.tmp / name)
+        path = model / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+        return model
+
+    def test_configs(self):
+        for name, changes, *words in (
+            ("unknown-architecture", dict(architectures=["MambaForCausalLM"], model_type="mamba"), "Mamba"),
+            ("unknown-scaling", dict(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "spiral"),
+            ("unknown-activation", dict(hidden_act="relu6"), "relu6"),
+            ("negative-layers", dict(num_hidden_layers=-1), "num_hidden_layers"),
+            ("uneven-groups", dict(num_attention_heads=4, num_key_value_heads=3), "num_key_value_heads"),
+        ):
+            model = write_model(self.tmp / name)
+            config = json.loads((model / "config.json").read_text()) | changes
+            (model / "config.json").write_text(json.dumps(config))
+            self.refused_model(model, *words)
+        broken = write_model(self.tmp / "broken-json")
+        (broken / "config.json").write_text("{")
+        self.refused_model(broken, "config.json")
+
+    def test_tensors(self):
+        query = "model.layers.1.self_attn.q_proj.weight"
+        self.refused_model(self.with_tensors("missing", lambda t: t.pop(query)), query)
+        self.refused_model(self.with_tensors("misshapen", lambda t: t.update({query: ("F32", t[query][1][1:])})), query)
+
+    def test_truncated_and_hostile_files(self):
+        def header(text, length=None):
+            data = text.encode()
+            return lambda _: struct.pack("<Q", len(data) if length is None else length) + data
+
+        duplicate = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        huge = '{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'
+        for name, change in {
+            "truncated": lambda data: data[:-100],
+            "empty": lambda data: b"",
+            "short": lambda data: b"\1\2\3",
+            "long-header": header("{}", 2**63),
+            "header-beyond-the-file": header("{}", 1 << 20),
+            "header-no-json": header("{{{{"),
+            "duplicate": header(duplicate),
+            "overflowing-shape": header(huge),
+            "deep": header("[" * 100000),
+        }.items():
+            self.refused_model(self.with_bytes(name, change), "model.safetensors")
+
+    def test_folders_without_a_model(self):
+        self.refused_model(self.tmp / "nothing", "nothing")
+        model = write_model(self.tmp / "no-weights")
+        (model / "model.safetensors").unlink()
+        self.refused_model(model, "safetensors")
+
+
+class Interrupted(support.TemporaryDirectoryTest):
+    def test_an_interrupted_job_leaves_nothing(self):
+        model = write_model(self.tmp / "model", num_hidden_layers=8, max_position_embeddings=1 << 17)
+        tokens = write_tokens(self.tmp / "prompt.i32", some_tokens(100000))
+        out = self.tmp / "out"
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            job = subprocess.Popen([support.LONGFILL, "prefill", "--model", model, "--tokens", tokens, "--out", out,
+                                    "--attention", "dense"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            deadline = time.monotonic() + 30
+            while not list(out.glob("kv-layer-*")) and time.monotonic() < deadline and job.poll() is None:
+                time.sleep(0.05)
+            job.send_signal(signal_number)
+            _, stderr = job.communicate(timeout=30)
+            self.assertEqual(job.returncode, 1, stderr)
+            self.assertIn(signal.Signals(signal_number).name, stderr.splitlines()[-1])
+            self.assertFalse(out.exists())
+
+
+class FullDisk(support.TemporaryDirectoryTest):
+    def test_a_full_disk_is_named_and_left_clean(self):
+        out = self.tmp / "disk"
+        out.mkdir()
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.mount(b"none", str(out).encode(), b"tmpfs", 0, b"size=256k") != 0:
+            self.skipTest(f"cannot mount a small file system here: {os.strerror(ctypes.get_errno())}")
+        self.addCleanup(lambda: libc.umount(str(out).encode()))
+        model = write_model(self.tmp / "model")
+        tokens = write_tokens(self.tmp / "prompt.i32", some_tokens(3000))  # KV: 3000 x 512 bytes
+        for ranks in (None, 2):
+            result = run("prefill", "--model", model, "--tokens", tokens, "--out", out, "--attention", "a-shape:1,64", ranks=ranks)
+            self.assertEqual(result.returncode, 1, result.stderr)
+            ours = [line for line in result.stderr.splitlines() if line.startswith("longfill: ")]
+            self.assertEqual(len(ours), 1, result.stderr)
+            self.assertIn("space", ours[0])
+            self.assertEqual(support.files_below(out), [])
+
+
+class Program(unittest.TestCase):
+    def test_version_names_the_commit(self):
+        result = run("--version")
+        self.assertEqual(result.returncode, 0)
+        git = subprocess.run(["git", "-C", support.ROOT, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        self.assertIn(git.stdout.strip() or "unknown", result.stdout)
+
+    def test_help_lists_every_option(self):
+        wanted = {
+            "inspect": ["--model", "--tokens", "--mesh", "--device"],
+            "prefill": ["--model", "--tokens", "--out", "--attention", "--mesh", "--device", "--coverage", "--logits",
+                        "--kv-dtype", "--dense-below", "--patterns", "--overwrite", "--json", "--threads"],
+            "serve": ["--model", "--listen", "--kv-listen", "--mesh", "--attention"],
+            "submit": ["--target", "--tokens", "--out", "--attention", "--logits", "--coverage", "--kv-dtype"],
+        }
+        for command, options in wanted.items():
+            result = run(command, "--help")
+            self.assertEqual(result.returncode, 0, result.stderr)
+            for option in options:
+                self.assertIn(option, result.stdout, command)
+        self.assertIn("inspect", run("--help").stdout)
+
+
+if __name__ == "__main__":
+    support.main()
