@@ -12,15 +12,16 @@ packages=(
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
   libabsl-dev                                                 # Status, StrCat
   libspdlog-dev                                               # log
+  libssl-dev                                                  # SHA-256
   libcli11-dev nlohmann-json3-dev                             # options, JSON
   # kernels
   libhwy-dev                                                  # SIMD with run-time dispatch
-  libdnnl-dev libopenblas-pthread-dev                         # GEMM
+  libdnnl-dev                                                 # GEMM
   libisal-dev                                                 # CRC32C
   # ranks
   libopenmpi-dev openmpi-bin
-  # tests and benchmarks
-  libgtest-dev libgmock-dev libbenchmark-dev
+  # tests
+  libgtest-dev libgmock-dev
   # oracle, demo and Python client
   ca-certificates                                             # pip
   python3-venv python3-torch python3-numpy

@@ -69,8 +69,8 @@ std::vector<std::unique_ptr<Communicator>> CreateInProcessCommunicators(int size
                                                                         CommunicatorOptions options);
 
 // Collective helper: every rank passes its own status; all return OK, or all return the error of the lowest
-// failing rank ("rank 2: ..." in front). Leaves the group usable. This is how errors before the first
-// collective of a request become the same error on all.
+// failing rank ("rank 2: ..." in front; a group of one adds nothing). Leaves the group usable. This is how
+// errors before the first collective of a request become the same error on all.
 absl::Status AgreeOnStatus(Communicator& comm, const absl::Status& mine, Stream& stream);
 
 // Collective helpers for host values of any length: root's string, or everybody's.

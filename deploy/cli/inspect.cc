@@ -63,21 +63,6 @@ void PrintPlan(const char* title, const MemoryPlan& plan) {
   PrintBytes("total", plan.TotalBytes());
 }
 
-// The longest prompt up to the model's positions whose plan fits; 0: none does.
-int64_t LongestPrompt(MemoryPlanInput input, int64_t available_bytes) {
-  int64_t low = 0;
-  int64_t high = input.config->max_position_embeddings;
-  while (low < high) {
-    input.num_tokens = low + (high - low + 1) / 2;
-    if (PlanMemory(input).TotalBytes() <= available_bytes) {
-      low = input.num_tokens;
-    } else {
-      high = input.num_tokens - 1;
-    }
-  }
-  return low;
-}
-
 absl::Status Inspect(const InspectOptions& options) {
   LF_RETURN_IF_ERROR(CheckDevice(options.model.device));
   Mesh mesh;
@@ -105,10 +90,10 @@ absl::Status Inspect(const InspectOptions& options) {
   std::printf("\nmemory plan for %lld tokens on mesh %s, KV float32\n", static_cast<long long>(num_tokens),
               ToString(mesh).c_str());
   PrintPlan("prefill (KV leaves as files)", PlanMemory(input));
-  const int64_t longest_batch = LongestPrompt(input, available);
+  const int64_t longest_batch = LongestPrompt(input, available, config.max_position_embeddings);
   input.keep_kv = true;
   PrintPlan("serve (KV of all layers is kept)", PlanMemory(input));
-  const int64_t longest_served = LongestPrompt(input, available);
+  const int64_t longest_served = LongestPrompt(input, available, config.max_position_embeddings);
   std::printf(
       "available now for each of %d ranks on this host: %s; longest prompt: %lld tokens for prefill, %lld "
       "for serve\n",

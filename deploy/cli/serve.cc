@@ -129,7 +129,7 @@ absl::Status Build(const ServeOptions& options, World& world, Rank& rank) {
   LF_RETURN_IF_ERROR(world.Agree(server.status()));
   rank.server = std::move(*server);
   LF_ASSIGN_OR_RETURN(rank.engine, PrefillEngine::Create(*engine_options, world.communicator()));
-  rank.backend = MakeEngineBackend(rank.engine.get(), *engine_options);
+  rank.backend = MakeEngineBackend(rank.engine.get());
 
   GroupInfo group;
   group.rank = world.rank();

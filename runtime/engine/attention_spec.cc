@@ -25,6 +25,13 @@ absl::StatusOr<ResolvedAttention> Resolve(AttentionSpec spec, std::string_view w
   return resolved;
 }
 
+// What "auto" means for prompts that are not dense.
+AttentionSpec LongPromptSpec(const AttentionDefaults& defaults) {
+  if (defaults.patterns.has_value()) return *defaults.patterns;
+  if (defaults.model_patterns.has_value()) return *defaults.model_patterns;
+  return {.text = ToString(kUnlistedHeadPattern)};
+}
+
 }  // namespace
 
 absl::StatusOr<AttentionSpec> ReadAttentionSpec(std::string_view text) {
@@ -42,8 +49,13 @@ absl::StatusOr<AttentionSpec> ReadAttentionSpec(std::string_view text) {
     return spec;
   }
   if (!absl::IsNotFound(json.status())) return json.status();
+  if (text.find(':') != std::string_view::npos) return pattern.status();  // meant as a pattern
   return absl::InvalidArgumentError(absl::StrCat("attention \"", spec.text, "\" is neither a pattern (",
                                                  pattern.status().message(), ") nor a pattern file"));
+}
+
+std::string DescribeAuto(const AttentionDefaults& defaults) {
+  return absl::StrCat("dense below ", defaults.dense_below, " tokens, else ", LongPromptSpec(defaults).text);
 }
 
 absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
@@ -55,10 +67,7 @@ absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
                    absl::StrCat(" (auto: ", num_tokens, " tokens < ", defaults.dense_below, ")"), num_layers,
                    num_q_heads);
   }
-  if (defaults.patterns.has_value()) return Resolve(*defaults.patterns, " (auto)", num_layers, num_q_heads);
-  if (defaults.model_patterns.has_value())
-    return Resolve(*defaults.model_patterns, " (auto)", num_layers, num_q_heads);
-  return Resolve({.text = ToString(kUnlistedHeadPattern)}, " (auto)", num_layers, num_q_heads);
+  return Resolve(LongPromptSpec(defaults), " (auto)", num_layers, num_q_heads);
 }
 
 }  // namespace longfill

@@ -36,6 +36,10 @@ struct AttentionDefaults {
   std::optional<AttentionSpec> model_patterns;  // patterns.json of the model directory, already read
 };
 
+// What "auto" becomes under these defaults, in words: "dense below 32768 tokens, else
+// vertical-slash:1000,6096".
+std::string DescribeAuto(const AttentionDefaults& defaults);
+
 absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
                                                    const AttentionDefaults& defaults, int64_t num_tokens,
                                                    int64_t num_layers, int64_t num_q_heads);

@@ -55,21 +55,6 @@ std::optional<int64_t> ControlGroupBytesLeft() {
   return std::max<int64_t>(0, *limit - *used + reclaimable);
 }
 
-int64_t LongestThatFits(MemoryPlanInput input, int64_t available_bytes) {
-  int64_t low = 0;
-  int64_t high = input.num_tokens;
-  while (low < high) {
-    const int64_t middle = low + (high - low + 1) / 2;
-    input.num_tokens = middle;
-    if (PlanMemory(input).TotalBytes() <= available_bytes) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 }  // namespace
 
 MemoryPlan PlanMemory(const MemoryPlanInput& input) {
@@ -108,13 +93,28 @@ absl::StatusOr<int64_t> AvailableMemoryBytes(int ranks_on_host) {
   return bytes / std::max(1, ranks_on_host);
 }
 
+int64_t LongestPrompt(MemoryPlanInput input, int64_t available_bytes, int64_t max_tokens) {
+  int64_t low = 0;
+  int64_t high = max_tokens;
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    input.num_tokens = middle;
+    if (PlanMemory(input).TotalBytes() <= available_bytes) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 absl::Status CheckFits(const MemoryPlanInput& input, int64_t available_bytes) {
   const int64_t needed = PlanMemory(input).TotalBytes();
   if (needed <= available_bytes) return absl::OkStatus();
   return absl::ResourceExhaustedError(
       absl::StrCat("a prompt of ", input.num_tokens, " tokens needs ", needed,
                    " bytes on the largest rank and ", available_bytes, " are available; up to ",
-                   LongestThatFits(input, available_bytes), " tokens would fit"));
+                   LongestPrompt(input, available_bytes, input.num_tokens), " tokens would fit"));
 }
 
 }  // namespace longfill

@@ -42,6 +42,10 @@ MemoryPlan PlanMemory(const MemoryPlanInput& input);
 // what its limit leaves), shared evenly.
 absl::StatusOr<int64_t> AvailableMemoryBytes(int ranks_on_host);
 
+// The longest prompt of at most `max_tokens` whose plan fits `available_bytes`; 0: none does.
+// input.num_tokens is not read.
+int64_t LongestPrompt(MemoryPlanInput input, int64_t available_bytes, int64_t max_tokens);
+
 // ResourceExhausted if the plan does not fit `available_bytes`, naming both and the longest prompt that would
 // fit.
 absl::Status CheckFits(const MemoryPlanInput& input, int64_t available_bytes);

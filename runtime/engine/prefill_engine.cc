@@ -87,6 +87,8 @@ struct PrefillEngine::Impl {
   absl::Status CheckRanksHaveOneModel();
   absl::StatusOr<PrefillResult> Run(const PrefillRequest& request, const KvSinkFactory& sink_factory,
                                     const PrefillCallbacks& callbacks);
+  absl::StatusOr<PrefillResult> RunInGroup(const PrefillRequest& request, const KvSinkFactory& sink_factory,
+                                           const PrefillCallbacks& callbacks);
   absl::Status Compute(const PrefillRequest& request, const ShardPlan& plan, const PatternSet& patterns,
                        KvSink& sink, const PrefillCallbacks& callbacks, LayerFigures* layers,
                        PrefillResult* result);
@@ -99,7 +101,8 @@ struct PrefillEngine::Impl {
                               PrefillFigures* figures);
   absl::Status Send(const RankCommand& command);
   absl::Status Agree(const absl::Status& mine);
-  MemoryPlanInput PlanInput(int64_t num_tokens, int64_t num_logits, DType kv_dtype) const;
+  MemoryPlanInput PlanInput(const PrefillRequest& request) const;
+  absl::StatusOr<int64_t> AvailableBytes() const;
   absl::Status CheckMemory(const PrefillRequest& request) const;
   // After this the group is of no more use: a collective failed here, or is failing on a peer.
   absl::Status Break(const absl::Status& reason);
@@ -159,32 +162,45 @@ PrefillEngine::~PrefillEngine() = default;
 
 const ModelConfig& PrefillEngine::config() const { return impl_->config; }
 const std::string& PrefillEngine::model_fingerprint() const { return impl_->fingerprint; }
+const Mesh& PrefillEngine::mesh() const { return impl_->options.mesh; }
 int64_t PrefillEngine::weights_bytes() const { return impl_->weights->bytes(); }
 Communicator& PrefillEngine::world() { return impl_->world; }
 bool PrefillEngine::healthy() const { return impl_->healthy.load(); }
 
-MemoryPlanInput PrefillEngine::Impl::PlanInput(int64_t num_tokens, int64_t num_logits, DType kv_dtype) const {
+MemoryPlanInput PrefillEngine::Impl::PlanInput(const PrefillRequest& request) const {
   return {.config = &config,
           .weights_bytes = weights->bytes(),
           .mesh = options.mesh,
-          .num_tokens = num_tokens,
-          .num_logits = num_logits,
-          .kv_dtype = kv_dtype,
+          .num_tokens = static_cast<int64_t>(request.token_ids.size()),
+          .num_logits = std::max<int64_t>(1, static_cast<int64_t>(request.logits_positions.size())),
+          .kv_dtype = request.kv_dtype,
           .keep_kv = options.keep_kv};
 }
 
-absl::Status PrefillEngine::Impl::CheckMemory(const PrefillRequest& request) const {
-  const MemoryPlanInput input =
-      PlanInput(static_cast<int64_t>(request.token_ids.size()),
-                static_cast<int64_t>(request.logits_positions.size()), request.kv_dtype);
-  int64_t available = options.memory_limit_bytes;
-  if (available == 0) {
-    LF_ASSIGN_OR_RETURN(available, AvailableMemoryBytes(options.ranks_on_host));
-    // Mapped weights are in the page cache or can be: they need no memory that is not counted as available.
-    available += weights->mapped_bytes();
-  }
-  return CheckFits(input, available);
+absl::StatusOr<int64_t> PrefillEngine::Impl::AvailableBytes() const {
+  if (options.memory_limit_bytes != 0) return options.memory_limit_bytes;
+  LF_ASSIGN_OR_RETURN(const int64_t available, AvailableMemoryBytes(options.ranks_on_host));
+  // Mapped weights are in the page cache or can be: they need no memory that is not counted as available.
+  return available + weights->mapped_bytes();
 }
+
+absl::Status PrefillEngine::Impl::CheckMemory(const PrefillRequest& request) const {
+  LF_ASSIGN_OR_RETURN(const int64_t available, AvailableBytes());
+  return CheckFits(PlanInput(request), available);
+}
+
+MemoryPlan PrefillEngine::PlanMemory(const PrefillRequest& request) const {
+  return longfill::PlanMemory(impl_->PlanInput(request));
+}
+
+int64_t PrefillEngine::LongestPrompt(const PrefillRequest& request) const {
+  const absl::StatusOr<int64_t> available = impl_->AvailableBytes();
+  if (!available.ok()) return 0;
+  return longfill::LongestPrompt(impl_->PlanInput(request), *available,
+                                 impl_->config.max_position_embeddings);
+}
+
+std::string PrefillEngine::DescribeAuto() const { return longfill::DescribeAuto(impl_->options.attention); }
 
 absl::Status PrefillEngine::Validate(const PrefillRequest& request) const {
   const int64_t num_tokens = static_cast<int64_t>(request.token_ids.size());
@@ -269,9 +285,10 @@ absl::Status PrefillEngine::Serve(const KvSinkFactory& sink_factory,
   while (true) {
     const absl::StatusOr<std::string> bytes = BroadcastString(impl_->world, "", 0, impl_->stream);
     if (!bytes.ok()) return impl_->Break(bytes.status());
-    LF_ASSIGN_OR_RETURN(const RankCommand command, Decode(*bytes));
-    if (std::holds_alternative<ShutdownCommand>(command)) return absl::OkStatus();
-    const auto* prefill = std::get_if<PrefillCommand>(&command);
+    const absl::StatusOr<RankCommand> command = Decode(*bytes);
+    if (!command.ok()) return impl_->Break(command.status());
+    if (std::holds_alternative<ShutdownCommand>(*command)) return absl::OkStatus();
+    const auto* prefill = std::get_if<PrefillCommand>(&*command);
     if (prefill == nullptr) continue;
     const absl::StatusOr<PrefillResult> result =
         impl_->Run(prefill->request, sink_factory, {.should_stop = should_stop});
@@ -296,6 +313,16 @@ absl::Status PrefillEngine::KeepAlive() {
 absl::StatusOr<PrefillResult> PrefillEngine::Impl::Run(const PrefillRequest& request,
                                                        const KvSinkFactory& sink_factory,
                                                        const PrefillCallbacks& callbacks) {
+  absl::StatusOr<PrefillResult> result = RunInGroup(request, sink_factory, callbacks);
+  // An error is either agreed on, and every rank comes here, or of a collective inside a layer, which has
+  // broken the group without passing through Agree.
+  if (!result.ok() && healthy && !world.Barrier(stream).ok()) return Break(result.status());
+  return result;
+}
+
+absl::StatusOr<PrefillResult> PrefillEngine::Impl::RunInGroup(const PrefillRequest& request,
+                                                              const KvSinkFactory& sink_factory,
+                                                              const PrefillCallbacks& callbacks) {
   const ShardPlan plan(options.mesh, static_cast<int64_t>(request.token_ids.size()));
   const KvTransferSpec transfer = {.request_id = request.request_id,
                                    .transfer_id = request.transfer_id,

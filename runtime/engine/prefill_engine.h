@@ -98,6 +98,7 @@ class PrefillEngine {
 
   const ModelConfig& config() const;
   const std::string& model_fingerprint() const;
+  const Mesh& mesh() const;
   int64_t weights_bytes() const;
   Communicator& world();
 
@@ -105,6 +106,14 @@ class PrefillEngine {
   // the memory, logits positions, the pattern against the model's shape. Local, thread-safe, callable while a
   // prompt computes.
   absl::Status Validate(const PrefillRequest& request) const;
+
+  // The plan of a request on this group, and the longest prompt like it that this rank's memory takes now (0:
+  // not known).
+  MemoryPlan PlanMemory(const PrefillRequest& request) const;
+  int64_t LongestPrompt(const PrefillRequest& request) const;
+
+  // What "auto" becomes, in words.
+  std::string DescribeAuto() const;
 
   // Rank 0: runs the request on all ranks, which are in Serve(). Validates first. Cancelled, DeadlineExceeded
   // (from should_stop), errors of sinks and of ranks come back as they are.

@@ -23,6 +23,7 @@ Json ToJson(const PrefillRequest& request) {
           {"kv_dtype", std::string(DTypeName(request.kv_dtype))}};
 }
 
+// Throws Json::exception where a value has another type.
 absl::StatusOr<PrefillRequest> FromJson(const Json& json) {
   PrefillRequest request;
   request.request_id = json.value("request_id", "");
@@ -33,6 +34,21 @@ absl::StatusOr<PrefillRequest> FromJson(const Json& json) {
   request.logits_positions = json.value("logits_positions", std::vector<int64_t>());
   LF_ASSIGN_OR_RETURN(request.kv_dtype, ParseDType(json.value("kv_dtype", "")));
   return request;
+}
+
+// Throws like FromJson.
+absl::StatusOr<RankCommand> DecodeParts(const Json& header, std::string_view ids) {
+  const std::string command = header.value("command", "");
+  if (command == "shutdown") return ShutdownCommand{};
+  if (command == "keep-alive") return KeepAliveCommand{};
+  if (command != "prefill") return absl::InternalError(absl::StrCat("rank command \"", command, "\""));
+  LF_ASSIGN_OR_RETURN(PrefillRequest request, FromJson(header.at("request")));
+  if (ids.size() % sizeof(int32_t) != 0) {
+    return absl::InternalError(absl::StrCat("rank command with ", ids.size(), " bytes of token ids"));
+  }
+  request.token_ids.resize(ids.size() / sizeof(int32_t));
+  if (!ids.empty()) std::memcpy(request.token_ids.data(), ids.data(), ids.size());
+  return PrefillCommand{std::move(request)};
 }
 
 }  // namespace
@@ -69,15 +85,11 @@ absl::StatusOr<RankCommand> Decode(std::string_view bytes) {
   const Json header = Json::parse(bytes.substr(0, length), nullptr, /*allow_exceptions=*/false);
   if (!header.is_object()) return absl::InternalError("rank command header is not JSON");
   bytes.remove_prefix(length);
-
-  const std::string command = header.value("command", "");
-  if (command == "shutdown") return ShutdownCommand{};
-  if (command == "keep-alive") return KeepAliveCommand{};
-  if (command != "prefill") return absl::InternalError(absl::StrCat("rank command \"", command, "\""));
-  LF_ASSIGN_OR_RETURN(PrefillRequest request, FromJson(header["request"]));
-  request.token_ids.resize(bytes.size() / sizeof(int32_t));
-  std::memcpy(request.token_ids.data(), bytes.data(), request.token_ids.size() * sizeof(int32_t));
-  return PrefillCommand{std::move(request)};
+  try {
+    return DecodeParts(header, bytes);
+  } catch (const Json::exception& error) {
+    return absl::InternalError(absl::StrCat("rank command header: ", error.what()));
+  }
 }
 
 }  // namespace longfill

@@ -8,8 +8,8 @@
 
 namespace longfill {
 
-// The engine as the service sees it. `engine` was created with `options` and outlives the backend.
-std::unique_ptr<PrefillBackend> MakeEngineBackend(PrefillEngine* engine, const EngineOptions& options);
+// The engine as the service sees it. `engine` outlives the backend.
+std::unique_ptr<PrefillBackend> MakeEngineBackend(PrefillEngine* engine);
 
 }  // namespace longfill
 
