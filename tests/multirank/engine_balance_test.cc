@@ -15,7 +15,7 @@
 namespace longfill {
 namespace {
 
-const HeadPattern kPatterns[] = {VerticalSlash{1000, 6096}, VerticalSlash{500, 700}};
+constexpr HeadPattern kPatterns[] = {VerticalSlash{1000, 6096}, VerticalSlash{500, 700}};
 constexpr int kSizes[] = {2, 4, 8};
 
 // Q and K of the first layer, which depend on no attention.

@@ -17,7 +17,7 @@ namespace {
 using testing::AllOf;
 using testing::HasSubstr;
 
-const Mesh kMeshes[] = {{1, 1}, {2, 1}, {1, 2}, {3, 2}, {1, 8}, {8, 1}};
+constexpr Mesh kMeshes[] = {{1, 1}, {2, 1}, {1, 2}, {3, 2}, {1, 8}, {8, 1}};
 
 class MemoryPlanTest : public testing::Test {
  protected:
