@@ -2,6 +2,7 @@
 # Installs what longfill builds, tests and runs with on Debian 12: missing Debian packages, and the virtual environment
 # `.venv` in the repository root with the packages pinned in deploy/python/requirements.txt on top of Debian's torch.
 # Says nothing and changes nothing when all of it is there. Needs no terminal. Usage: deploy/setup.sh
+# The CUDA toolkit is in no Debian package of the version needed: this script only says when there is none.
 set -euo pipefail
 
 packages=(
@@ -30,6 +31,7 @@ packages=(
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 requirements=$root/deploy/python/requirements.txt
 venv=$root/.venv
+minimum_cuda=12.8
 python=/usr/bin/python3  # Debian's own, whatever comes first on PATH: python3-torch is built for no other
 
 say() { echo "setup: $*" >&2; }
@@ -82,6 +84,21 @@ from transformers import LlamaForCausalLM' || fail "the Python environment does 
   echo "$stamp" >"$venv/setup-stamp"
 }
 
+# The GPU backend (CMake option LONGFILL_CUDA, preset cuda) is the only part that needs nvcc.
+report_cuda() {
+  local nvcc version
+  nvcc=$(PATH=$PATH:/usr/local/cuda/bin command -v nvcc) || nvcc=
+  if [[ -z $nvcc ]]; then
+    say "no nvcc on PATH or in /usr/local/cuda/bin: all presets but cuda build; that one needs the CUDA toolkit" \
+      "$minimum_cuda or newer (developer.nvidia.com/cuda-downloads)"
+    return
+  fi
+  version=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+  if [[ $(printf '%s\n' "$minimum_cuda" "$version" | sort -V | head -n 1) != "$minimum_cuda" ]]; then
+    say "$nvcc is of CUDA $version: all presets but cuda build; that one needs $minimum_cuda or newer"
+  fi
+}
+
 if ! command -v apt-get >/dev/null; then
   fail "this is no Debian system; install the counterparts of these Debian 12 packages by hand: ${packages[*]}"
 fi
@@ -89,3 +106,4 @@ exec 9<"$root"
 flock 9  # a second setup of the same checkout waits for the first
 install_packages
 make_environment
+report_cuda

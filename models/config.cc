@@ -14,8 +14,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr int64_t kMaxConfigBytes = 16 << 20;
-
 // Bounds. 2 * 4 * kMaxLayers * kMaxHeadWidth * kMaxPositions = 2^61 bytes is the largest fp32 KV cache.
 constexpr int64_t kMaxLayers = 1 << 10;
 constexpr int64_t kMaxWidth = 1 << 20;  // hidden_size
@@ -336,6 +334,10 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text, std::st
   if (!(config.rms_norm_eps > 0 && config.rms_norm_eps < 1)) {
     return keys.Invalid("rms_norm_eps", "is ", config.rms_norm_eps, ", must be above 0 and below 1");
   }
+  LF_ASSIGN_OR_RETURN(config.initializer_range, keys.Number("initializer_range", config.initializer_range));
+  if (config.initializer_range < 0) {
+    return keys.Invalid("initializer_range", "is ", config.initializer_range, ", must not be below 0");
+  }
   LF_ASSIGN_OR_RETURN(config.tie_word_embeddings,
                       keys.Bool("tie_word_embeddings", family->default_tie_word_embeddings));
   LF_ASSIGN_OR_RETURN(config.attention_bias, keys.Bool("attention_bias", false));
@@ -348,7 +350,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text, std::st
 
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
   const std::string path = directory + "/config.json";
-  LF_ASSIGN_OR_RETURN(const std::string text, ReadSmallFile(path, kMaxConfigBytes));
+  LF_ASSIGN_OR_RETURN(const std::string text, ReadSmallFile(path, kMaxModelConfigBytes));
   return ParseModelConfig(text, path);
 }
 

@@ -14,6 +14,8 @@ namespace longfill {
 
 struct Family;
 
+inline constexpr int64_t kMaxModelConfigBytes = 16 << 20;  // of a config.json
+
 enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3, kYarn };
 std::string_view RopeScalingName(RopeScaling scaling);  // "none", "linear", "llama3", "yarn"
 
@@ -59,6 +61,7 @@ struct ModelConfig {
   Activation activation = Activation::kSilu;
   DType dtype = DType::kFloat32;  // as config.json says; each tensor's own dtype is in its LinearWeights
   RopeConfig rope;
+  double initializer_range = 0.02;  // standard deviation of random weights
 };
 
 // Reads DIR/config.json, in the spelling of transformers 4 (rope_theta, rope_scaling, torch_dtype) or 5

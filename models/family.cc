@@ -46,10 +46,27 @@ Family LlamaFamily() {
   return family;
 }
 
+// Qwen2 and Qwen2.5: Llama with biases of Q, K and V whatever the config says, and none elsewhere.
+Family Qwen2Family() {
+  Family family = LlamaFamily();
+  family.name = "qwen2";
+  family.architectures = {"Qwen2ForCausalLM"};
+  family.model_types = {"qwen2"};
+  std::erase_if(family.tensors, [](const TensorRule& rule) {
+    return rule.condition == WeightCondition::kMlpBias ||
+           (rule.is_bias && rule.roles.front() == WeightRole::kOProj);
+  });
+  for (TensorRule& rule : family.tensors) {
+    if (rule.condition == WeightCondition::kAttentionBias) rule.condition = WeightCondition::kAlways;
+  }
+  family.default_max_position_embeddings = 32768;
+  return family;
+}
+
 }  // namespace
 
 const std::vector<Family>& Families() {
-  static const std::vector<Family> families = {LlamaFamily()};
+  static const std::vector<Family> families = {LlamaFamily(), Qwen2Family()};
   return families;
 }
 

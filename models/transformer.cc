@@ -1,229 +1,251 @@
 #include "models/transformer.h"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 namespace longfill {
-namespace {
 
-class Stopwatch {
- public:
-  explicit Stopwatch(double* seconds) : seconds_(seconds) {}
-  ~Stopwatch() {
-    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-
- private:
-  double* seconds_;
-  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-// Elements of every buffer of a rank with num_tokens tokens.
-struct BufferSizes {
-  BufferSizes(const ModelConfig& config, int64_t num_tokens) {
-    const int64_t chunk = std::min(num_tokens, kLinearChunkTokens);
-    residual = num_tokens * config.hidden_size;
-    q = config.num_q_heads * num_tokens * config.head_dim;
-    kv = config.num_kv_heads * num_tokens * config.head_dim;
-    normed = chunk * config.hidden_size;
-    projected = chunk * config.num_q_heads * config.head_dim;
-    gate = chunk * config.intermediate_size;
-  }
-  int64_t Total() const { return residual + 2 * q + 2 * kv + normed + projected + 2 * gate; }
-
-  int64_t residual, q, kv, normed, projected, gate;
-};
-
-// Calls body(begin, end) for pieces of kLinearChunkTokens of [0, num_tokens), until it or should_stop fails.
-template <typename Body>
-absl::Status ForEachChunk(int64_t num_tokens, const std::function<absl::Status()>& should_stop, Body body) {
-  for (int64_t begin = 0; begin < num_tokens; begin += kLinearChunkTokens) {
-    LF_RETURN_IF_ERROR(should_stop());
-    LF_RETURN_IF_ERROR(body(begin, std::min(num_tokens, begin + kLinearChunkTokens)));
-  }
-  return absl::OkStatus();
-}
-
-}  // namespace
-
-Transformer::Transformer(const ModelConfig& config, const ModelWeights& weights, KernelSet& kernels,
+Transformer::Transformer(const ModelConfig& config, const ModelWeights& weights, Backend& backend,
                          const ShardPlan& plan, int rank, RotaryTable rotary)
     : config_(config),
       weights_(weights),
-      kernels_(kernels),
+      backend_(backend),
+      kernels_(backend.kernels()),
+      stream_(backend.stream()),
+      dtype_(kernels_.compute_dtype()),
       plan_(plan),
       positions_(plan.TokenPositions(rank)),
       num_tokens_(plan.NumTokens(rank)),
-      rotary_(std::move(rotary)) {}
+      chunk_(std::min(num_tokens_, kernels_.preferred_rows())),
+      rotary_(std::move(rotary)),
+      timer_(backend, kNumParts) {}
 
 absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConfig& config,
                                                                  const ModelWeights& weights,
-                                                                 KernelSet& kernels, const ShardPlan& plan,
+                                                                 Backend& backend, const ShardPlan& plan,
                                                                  int rank) {
   LF_ASSIGN_OR_RETURN(RotaryTable rotary, BuildRotaryTable(config.rope, plan.num_tokens()));
   std::unique_ptr<Transformer> transformer(
-      new Transformer(config, weights, kernels, plan, rank, std::move(rotary)));
+      new Transformer(config, weights, backend, plan, rank, std::move(rotary)));
   LF_RETURN_IF_ERROR(transformer->Allocate());
   return transformer;
 }
 
-absl::Status Transformer::Allocate() {
-  const BufferSizes sizes(config_, num_tokens_);
-  const auto allocate = [this](int64_t elements, const char* what, Buffer* buffer) -> absl::Status {
-    LF_ASSIGN_OR_RETURN(*buffer,
-                        kernels_.memory().Allocate(elements * static_cast<int64_t>(sizeof(float)), what));
-    return absl::OkStatus();
+std::vector<Transformer::PlannedBuffer> Transformer::PlanBuffers(const ModelConfig& config,
+                                                                 const KernelSet& kernels,
+                                                                 int64_t num_tokens) {
+  if (num_tokens == 0) return {};
+  const int64_t chunk = std::min(num_tokens, kernels.preferred_rows());
+  const int64_t element = DTypeBytes(kernels.compute_dtype());
+  const int64_t q_width = config.num_q_heads * config.head_dim;
+  const int64_t kv_bytes = num_tokens * config.num_kv_heads * config.head_dim * element;
+  const int64_t inner_bytes = chunk * config.intermediate_size * element;
+  const int64_t logits_row = config.vocab_size * static_cast<int64_t>(sizeof(float));
+  const int64_t widest_in = std::max({config.hidden_size, q_width, config.intermediate_size});
+  return {
+      {&Transformer::residual_, "the residual stream", num_tokens * config.hidden_size * element},
+      {&Transformer::q_, "queries", num_tokens * q_width * element},
+      {&Transformer::k_, "keys", kv_bytes},
+      {&Transformer::v_, "values", kv_bytes},
+      {&Transformer::attention_, "the attention output", num_tokens * q_width * element},
+      {&Transformer::ids_, "token ids of a chunk", chunk * static_cast<int64_t>(sizeof(int32_t))},
+      {&Transformer::normed_, "normed tokens of a chunk", chunk * config.hidden_size * element},
+      {&Transformer::wide_, "projections of a chunk",
+       std::max({chunk * q_width * element, inner_bytes, logits_row})},
+      {&Transformer::up_, "MLP values of a chunk", inner_bytes},
+      {&Transformer::workspace_, "GEMM scratch",
+       kernels.GemmWorkspaceBytes(chunk, widest_in, std::max(widest_in, config.vocab_size))},
   };
-  LF_RETURN_IF_ERROR(allocate(sizes.residual, "the residual stream", &residual_));
-  LF_RETURN_IF_ERROR(allocate(sizes.q, "queries", &q_));
-  LF_RETURN_IF_ERROR(allocate(sizes.kv, "keys", &k_));
-  LF_RETURN_IF_ERROR(allocate(sizes.kv, "values", &v_));
-  LF_RETURN_IF_ERROR(allocate(sizes.q, "the attention output", &attention_));
-  LF_RETURN_IF_ERROR(allocate(sizes.normed, "normed tokens of a chunk", &normed_));
-  LF_RETURN_IF_ERROR(allocate(sizes.projected, "projected tokens of a chunk", &projected_));
-  LF_RETURN_IF_ERROR(allocate(sizes.gate, "MLP gates of a chunk", &gate_));
-  LF_RETURN_IF_ERROR(allocate(sizes.gate, "MLP values of a chunk", &up_));
-  LF_ASSIGN_OR_RETURN(workspace_,
-                      kernels_.memory().Allocate(WorkspaceBytes(config_, kernels_, num_tokens_), "GEMM"));
-  return absl::OkStatus();
-}
-
-int64_t Transformer::WorkspaceBytes(const ModelConfig& config, const KernelSet& kernels, int64_t num_tokens) {
-  const int64_t widest_in =
-      std::max({config.hidden_size, config.num_q_heads * config.head_dim, config.intermediate_size});
-  return kernels.GemmWorkspaceBytes(std::min(num_tokens, kLinearChunkTokens), widest_in,
-                                    std::max(widest_in, config.vocab_size));
 }
 
 int64_t Transformer::PlanBytes(const ModelConfig& config, const KernelSet& kernels, const ShardPlan& plan) {
   int64_t num_tokens = 0;
   for (int rank = 0; rank < plan.mesh().size(); ++rank)
     num_tokens = std::max(num_tokens, plan.NumTokens(rank));
-  return BufferSizes(config, num_tokens).Total() * static_cast<int64_t>(sizeof(float)) +
-         WorkspaceBytes(config, kernels, num_tokens);
+  int64_t bytes = 0;
+  for (const PlannedBuffer& buffer : PlanBuffers(config, kernels, num_tokens)) bytes += buffer.bytes;
+  return bytes;
 }
 
-absl::Status Transformer::Embed(std::span<const int32_t> ids, Stream& stream) {
-  LF_CHECK(static_cast<int64_t>(ids.size()) == num_tokens_);
-  return kernels_.Embed({.ids = ids,
-                         .table = weights_.embedding().weight,
-                         .table_dtype = weights_.embedding().dtype,
-                         .vocab_size = config_.vocab_size,
-                         .width = config_.hidden_size,
-                         .out = residual_.as<float>()},
-                        stream);
-}
-
-absl::Status Transformer::RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
-                                   const LayerParallelism& parallel, const LayerCallbacks& callbacks,
-                                   LayerFigures* figures, Stream& stream) {
-  const LayerWeights& weights = weights_.layer(layer);
-  absl::Status mine;
-  {
-    Stopwatch watch(&figures->linear_seconds);
-    mine = ForEachChunk(num_tokens_, callbacks.should_stop, [&](int64_t begin, int64_t end) -> absl::Status {
-      LF_RETURN_IF_ERROR(ProjectQkv(weights, begin, end, stream));
-      return callbacks.on_kv(begin, end, Heads(k_, begin), Heads(v_, begin));
-    });
+absl::Status Transformer::Allocate() {
+  for (const PlannedBuffer& planned : PlanBuffers(config_, kernels_, num_tokens_)) {
+    LF_ASSIGN_OR_RETURN(this->*planned.place, backend_.memory().Allocate(planned.bytes, planned.what));
   }
-  LF_RETURN_IF_ERROR(callbacks.agree(mine));
-
-  LF_ASSIGN_OR_RETURN(const LayerIndex index,
-                      parallel.index_builder->Build(plan_, Heads(q_, 0), Heads(k_, 0), patterns, stream));
-  figures->index_seconds += index.seconds - index.communication_seconds;
-  for (const PairCounts& pairs : index.pairs) {
-    figures->pairs.published += pairs.published;
-    figures->pairs.covered += pairs.covered;
-  }
-
-  const ParallelAttentionParams params = {.q = Heads(q_, 0),
-                                          .k = Heads(k_, 0),
-                                          .v = Heads(v_, 0),
-                                          .indices = index.heads,
-                                          .pairs = index.pairs,
-                                          .out = attention_.as<float>(),
-                                          .should_stop = [&] { return !callbacks.should_stop().ok(); }};
-  const absl::StatusOr<ParallelAttentionStats> stats = parallel.attention->Run(plan_, params, stream);
-  if (!stats.ok() && !absl::IsCancelled(stats.status())) return stats.status();
-  mine = callbacks.should_stop();  // says why, where `stats` only says that
-  LF_RETURN_IF_ERROR(callbacks.agree(mine.ok() ? stats.status() : mine));
-  figures->attention_seconds += stats->attention_seconds;
-  figures->rank_covered_pairs += stats->covered_pairs;
-  figures->rank_computed_pairs += stats->computed_pairs;
-
-  Stopwatch watch(&figures->linear_seconds);
-  return callbacks.agree(ForEachChunk(num_tokens_, callbacks.should_stop, [&](int64_t begin, int64_t end) {
-    return FinishLayer(weights, begin, end, stream);
-  }));
-}
-
-// residual -> norm -> Q, K, V, rotated and head-major
-absl::Status Transformer::ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end, Stream& stream) {
-  const int64_t rows = end - begin;
-  LF_RETURN_IF_ERROR(Norm(residual_.as<float>() + begin * config_.hidden_size, layer.input_norm, rows,
-                          config_.hidden_size, normed_.as<float>(), stream));
-  const int64_t rotary_dim = config_.rope.rotary_dim;
-  LF_RETURN_IF_ERROR(
-      ProjectHeads(layer.q_proj, layer.q_norm, rotary_dim, begin, rows, q_.as<float>(), stream));
-  LF_RETURN_IF_ERROR(
-      ProjectHeads(layer.k_proj, layer.k_norm, rotary_dim, begin, rows, k_.as<float>(), stream));
-  return ProjectHeads(layer.v_proj, nullptr, 0, begin, rows, v_.as<float>(), stream);
-}
-
-// residual += o_proj(attention); residual += down_proj(activation(gate_proj(norm(residual))) * up_proj(...))
-absl::Status Transformer::FinishLayer(const LayerWeights& layer, int64_t begin, int64_t end, Stream& stream) {
-  const int64_t rows = end - begin;
-  float* residual = residual_.as<float>() + begin * config_.hidden_size;
-  const float* attention = attention_.as<float>() + begin * config_.num_q_heads * config_.head_dim;
-  LF_RETURN_IF_ERROR(Linear(attention, layer.o_proj, rows, /*accumulate=*/true, residual, stream));
-  LF_RETURN_IF_ERROR(
-      Norm(residual, layer.post_attention_norm, rows, config_.hidden_size, normed_.as<float>(), stream));
-  LF_RETURN_IF_ERROR(Linear(normed_.as<float>(), layer.gate_proj, rows, false, gate_.as<float>(), stream));
-  LF_RETURN_IF_ERROR(Linear(normed_.as<float>(), layer.up_proj, rows, false, up_.as<float>(), stream));
-  LF_RETURN_IF_ERROR(kernels_.GatedActivation({.gate = gate_.as<float>(),
-                                               .up = up_.as<float>(),
-                                               .in_stride = config_.intermediate_size,
-                                               .activation = config_.activation,
-                                               .num_rows = rows,
-                                               .width = config_.intermediate_size,
-                                               .out = gate_.as<float>()},
-                                              stream));
-  return Linear(gate_.as<float>(), layer.down_proj, rows, /*accumulate=*/true, residual, stream);
-}
-
-absl::Status Transformer::Logits(std::span<const int64_t> rows, std::span<float> logits, Stream& stream) {
-  LF_CHECK(logits.size() == rows.size() * static_cast<size_t>(config_.vocab_size));
-  const int64_t width = config_.hidden_size;
-  const int64_t num_rows = static_cast<int64_t>(rows.size());
-  const int64_t chunk = std::min(kLinearChunkTokens, num_tokens_);  // what normed_ holds
-  for (int64_t begin = 0; begin < num_rows; begin += chunk) {
-    const int64_t count = std::min(num_rows - begin, chunk);
-    for (int64_t i = 0; i < count; ++i) {
-      LF_RETURN_IF_ERROR(Norm(residual_.as<float>() + rows[static_cast<size_t>(begin + i)] * width,
-                              weights_.final_norm(), 1, width, normed_.as<float>() + i * width, stream));
-    }
-    LF_RETURN_IF_ERROR(Linear(normed_.as<float>(), weights_.lm_head(), count, false,
-                              logits.data() + begin * config_.vocab_size, stream));
+  for (std::unique_ptr<Event>& event : chunk_events_) {
+    LF_ASSIGN_OR_RETURN(event, backend_.NewEvent());
   }
   return absl::OkStatus();
 }
 
-absl::Status Transformer::Norm(const float* x, const float* weight, int64_t num_rows, int64_t width,
-                               float* out, Stream& stream) {
+// Calls body(begin, end) for chunks of [0, num_tokens), until it or should_stop fails. Waits for the end of
+// the chunk before the last one, so that not more than two are on their way.
+template <typename Body>
+absl::Status Transformer::ForEachChunk(const std::function<absl::Status()>& should_stop, Body body) {
+  for (int64_t begin = 0; begin < num_tokens_; begin += chunk_) {
+    Event& event = *chunk_events_[next_chunk_event_];
+    LF_RETURN_IF_ERROR(event.Wait());
+    LF_RETURN_IF_ERROR(timer_.Collect());
+    LF_RETURN_IF_ERROR(should_stop());
+    LF_RETURN_IF_ERROR(body(begin, std::min(num_tokens_, begin + chunk_)));
+    LF_RETURN_IF_ERROR(event.Record(stream_));
+    next_chunk_event_ = 1 - next_chunk_event_;
+  }
+  timer_.Begin(PartTimer::kNoPart);
+  return absl::OkStatus();
+}
+
+absl::Status Transformer::Embed(std::span<const int32_t> ids) {
+  LF_CHECK(static_cast<int64_t>(ids.size()) == num_tokens_);
+  const auto never = [] { return absl::OkStatus(); };
+  return ForEachChunk(never, [&](int64_t begin, int64_t end) -> absl::Status {
+    timer_.Begin(kOther);
+    LF_RETURN_IF_ERROR(kernels_.CopyIn(ids_.data(), ids.data() + begin,
+                                       (end - begin) * static_cast<int64_t>(sizeof(int32_t)), stream_));
+    return kernels_.Embed({.ids = ids_.as<int32_t>(),
+                           .num_rows = end - begin,
+                           .table = weights_.embedding().weight,
+                           .table_dtype = weights_.embedding().dtype,
+                           .vocab_size = config_.vocab_size,
+                           .width = config_.hidden_size,
+                           .out = Rows(residual_, begin, config_.hidden_size)},
+                          stream_);
+  });
+}
+
+absl::Status Transformer::RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
+                                   const LayerParallelism& parallel, const LayerCallbacks& callbacks) {
+  const LayerWeights& weights = weights_.layer(layer);
+  absl::Status mine = callbacks.before_kv_overwrite ? callbacks.before_kv_overwrite() : absl::OkStatus();
+  if (mine.ok()) {
+    mine = ForEachChunk(callbacks.should_stop, [&](int64_t begin, int64_t end) -> absl::Status {
+      LF_RETURN_IF_ERROR(ProjectQkv(weights, begin, end));
+      timer_.Begin(PartTimer::kNoPart);
+      return callbacks.on_kv(begin, end, Heads(k_, begin), Heads(v_, begin));
+    });
+  }
+  LF_RETURN_IF_ERROR(callbacks.agree(mine));
+  LF_RETURN_IF_ERROR(Attend(layer, patterns, parallel, callbacks));
+  return callbacks.agree(ForEachChunk(
+      callbacks.should_stop, [&](int64_t begin, int64_t end) { return FinishLayer(weights, begin, end); }));
+}
+
+absl::Status Transformer::Attend(int64_t layer, std::span<const HeadPattern> patterns,
+                                 const LayerParallelism& parallel, const LayerCallbacks& callbacks) {
+  LF_ASSIGN_OR_RETURN(LayerIndex index,
+                      parallel.index_builder->Build(plan_, Heads(q_, 0), Heads(k_, 0), patterns));
+  figures_.index_seconds += index.seconds - index.communication_seconds;
+  figures_.communication_seconds += index.communication_seconds;
+  if (parallel.replace_index) LF_RETURN_IF_ERROR(callbacks.agree(parallel.replace_index(layer, &index)));
+  for (const PairCounts& pairs : index.pairs) {
+    figures_.pairs.published += pairs.published;
+    figures_.pairs.covered += pairs.covered;
+  }
+
+  const absl::StatusOr<ParallelAttentionStats> stats =
+      parallel.attention->Run(plan_, {.q = Heads(q_, 0),
+                                      .k = Heads(k_, 0),
+                                      .v = Heads(v_, 0),
+                                      .indices = index.heads,
+                                      .pairs = index.pairs,
+                                      .out = attention_.data(),
+                                      .should_stop = [&] { return !callbacks.should_stop().ok(); }});
+  if (!stats.ok() && !absl::IsCancelled(stats.status())) return stats.status();
+  const absl::Status mine = callbacks.should_stop();  // says why, where `stats` only says that
+  LF_RETURN_IF_ERROR(callbacks.agree(mine.ok() ? stats.status() : mine));
+  figures_.attention_seconds += stats->attention_seconds;
+  figures_.communication_seconds += stats->communication_seconds;
+  figures_.rank_covered_pairs += stats->covered_pairs;
+  figures_.rank_computed_pairs += stats->computed_pairs;
+  return absl::OkStatus();
+}
+
+// residual -> norm -> Q, K, V, rotated and head-major
+absl::Status Transformer::ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end) {
+  const int64_t rows = end - begin;
+  const int64_t hidden = config_.hidden_size;
+  LF_RETURN_IF_ERROR(Norm(Rows(residual_, begin, hidden), layer.input_norm, rows, hidden, normed_.data()));
+  const int64_t rotary_dim = config_.rope.rotary_dim;
+  LF_RETURN_IF_ERROR(ProjectHeads(layer.q_proj, layer.q_norm, rotary_dim, begin, rows, q_));
+  LF_RETURN_IF_ERROR(ProjectHeads(layer.k_proj, layer.k_norm, rotary_dim, begin, rows, k_));
+  return ProjectHeads(layer.v_proj, nullptr, 0, begin, rows, v_);
+}
+
+// residual += o_proj(attention); residual += down_proj(activation(gate_proj(norm(residual))) * up_proj(...))
+absl::Status Transformer::FinishLayer(const LayerWeights& layer, int64_t begin, int64_t end) {
+  const int64_t rows = end - begin;
+  void* residual = Rows(residual_, begin, config_.hidden_size);
+  const void* attention = Rows(attention_, begin, config_.num_q_heads * config_.head_dim);
+  LF_RETURN_IF_ERROR(Linear(attention, layer.o_proj, rows, /*accumulate=*/true, residual, dtype_));
+  LF_RETURN_IF_ERROR(Norm(residual, layer.post_attention_norm, rows, config_.hidden_size, normed_.data()));
+  LF_RETURN_IF_ERROR(Linear(normed_.data(), layer.gate_proj, rows, false, wide_.data(), dtype_));
+  LF_RETURN_IF_ERROR(Linear(normed_.data(), layer.up_proj, rows, false, up_.data(), dtype_));
+  timer_.Begin(kOther);
+  LF_RETURN_IF_ERROR(kernels_.GatedActivation({.gate = wide_.data(),
+                                               .up = up_.data(),
+                                               .in_stride = config_.intermediate_size,
+                                               .activation = config_.activation,
+                                               .num_rows = rows,
+                                               .width = config_.intermediate_size,
+                                               .out = wide_.data()},
+                                              stream_));
+  return Linear(wide_.data(), layer.down_proj, rows, /*accumulate=*/true, residual, dtype_);
+}
+
+absl::Status Transformer::Logits(std::span<const int64_t> rows, std::span<float> logits) {
+  LF_CHECK(logits.size() == rows.size() * static_cast<size_t>(config_.vocab_size));
+  if (rows.empty()) return absl::OkStatus();
+  const int64_t row_bytes = config_.vocab_size * static_cast<int64_t>(sizeof(float));
+  const size_t piece = static_cast<size_t>(std::min(chunk_, wide_.size_bytes() / row_bytes));
+  for (size_t begin = 0; begin < rows.size(); begin += piece) {
+    const std::span<const int64_t> some = rows.subspan(begin, std::min(piece, rows.size() - begin));
+    const auto count = static_cast<int64_t>(some.size());
+    LF_RETURN_IF_ERROR(FinalNorm(some));
+    LF_RETURN_IF_ERROR(
+        Linear(normed_.data(), weights_.lm_head(), count, false, wide_.data(), DType::kFloat32));
+    timer_.Begin(PartTimer::kNoPart);
+    float* out = logits.data() + begin * static_cast<size_t>(config_.vocab_size);
+    LF_RETURN_IF_ERROR(kernels_.CopyOut(out, wide_.data(), count * row_bytes, stream_));
+  }
+  return stream_.Sync();
+}
+
+// normed_[i] = final norm of residual row rows[i]
+absl::Status Transformer::FinalNorm(std::span<const int64_t> rows) {
+  const int64_t width = config_.hidden_size;
+  for (size_t begin = 0; begin < rows.size();) {
+    size_t end = begin + 1;  // rows that follow one another are normed together
+    while (end < rows.size() && rows[end] == rows[end - 1] + 1) ++end;
+    LF_RETURN_IF_ERROR(Norm(Rows(residual_, rows[begin], width), weights_.final_norm(),
+                            static_cast<int64_t>(end - begin), width,
+                            Rows(normed_, static_cast<int64_t>(begin), width)));
+    begin = end;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<LayerFigures> Transformer::Figures() {
+  LF_RETURN_IF_ERROR(timer_.Finish());
+  LayerFigures figures = figures_;
+  figures.gemm_seconds = timer_.seconds(kGemm);
+  figures.other_seconds = timer_.seconds(kOther);
+  return figures;
+}
+
+absl::Status Transformer::Norm(const void* x, const float* weight, int64_t num_rows, int64_t width,
+                               void* out) {
+  timer_.Begin(kOther);
   return kernels_.RmsNorm({.x = x,
                            .weight = weight,
                            .epsilon = static_cast<float>(config_.rms_norm_eps),
                            .num_rows = num_rows,
                            .width = width,
                            .out = out},
-                          stream);
+                          stream_);
 }
 
-absl::Status Transformer::Linear(const float* x, const LinearWeights& linear, int64_t num_rows,
-                                 bool accumulate, float* out, Stream& stream) {
+absl::Status Transformer::Linear(const void* x, const LinearWeights& linear, int64_t num_rows,
+                                 bool accumulate, void* out, DType out_dtype) {
+  timer_.Begin(kGemm);
   return kernels_.Gemm({.x = x,
                         .x_stride = linear.in_width,
                         .weight = linear.weight,
@@ -234,21 +256,22 @@ absl::Status Transformer::Linear(const float* x, const LinearWeights& linear, in
                         .out_width = linear.out_width,
                         .accumulate = accumulate,
                         .out = out,
+                        .out_dtype = out_dtype,
                         .out_stride = linear.out_width},
-                       {workspace_.data(), workspace_.size_bytes()}, stream);
+                       {workspace_.data(), workspace_.size_bytes()}, stream_);
 }
 
 absl::Status Transformer::ProjectHeads(const LinearWeights& linear, const float* norm, int64_t rotary_dim,
-                                       int64_t begin, int64_t num_rows, float* heads, Stream& stream) {
+                                       int64_t begin, int64_t num_rows, const Buffer& heads) {
   const int64_t num_heads = linear.out_width / config_.head_dim;
-  LF_RETURN_IF_ERROR(Linear(normed_.as<float>(), linear, num_rows, false, projected_.as<float>(), stream));
+  LF_RETURN_IF_ERROR(Linear(normed_.data(), linear, num_rows, false, wide_.data(), dtype_));
   if (norm != nullptr) {
-    LF_RETURN_IF_ERROR(Norm(projected_.as<float>(), norm, num_rows * num_heads, config_.head_dim,
-                            projected_.as<float>(), stream));
+    LF_RETURN_IF_ERROR(Norm(wide_.data(), norm, num_rows * num_heads, config_.head_dim, wide_.data()));
   }
-  return kernels_.Rotary({.x = projected_.as<float>(),
+  timer_.Begin(kOther);
+  return kernels_.Rotary({.x = wide_.data(),
                           .x_stride = linear.out_width,
-                          .inv_freq = rotary_.inv_freq.data(),
+                          .inv_freq = std::span(rotary_.inv_freq).first(static_cast<size_t>(rotary_dim / 2)),
                           .attention_scale = rotary_.attention_scale,
                           .form = config_.rope.form,
                           .rotary_dim = rotary_dim,
@@ -257,14 +280,17 @@ absl::Status Transformer::ProjectHeads(const LinearWeights& linear, const float*
                           .num_rows = num_rows,
                           .num_heads = num_heads,
                           .head_dim = config_.head_dim,
-                          .out = heads,
+                          .out = heads.data(),
                           .head_stride = num_tokens_ * config_.head_dim},
-                         stream);
+                         stream_);
 }
 
-HeadsView<const float> Transformer::Heads(const Buffer& buffer, int64_t row) const {
-  return {buffer.as<const float>() + row * config_.head_dim, num_tokens_ * config_.head_dim,
-          config_.head_dim};
+HeadsView<const void> Transformer::Heads(const Buffer& buffer, int64_t row) const {
+  return {Rows(buffer, row, config_.head_dim), num_tokens_ * config_.head_dim, config_.head_dim};
+}
+
+void* Transformer::Rows(const Buffer& buffer, int64_t row, int64_t width) const {
+  return Advance(buffer.data(), row * width, dtype_);
 }
 
 }  // namespace longfill

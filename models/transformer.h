@@ -10,11 +10,12 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
-#include "kernels/api/kernel_set.h"
-#include "kernels/base/memory.h"
+#include "kernels/api/backend.h"
 #include "models/config.h"
+#include "models/part_timer.h"
 #include "models/rope.h"
 #include "models/weights.h"
 #include "parallel/mesh.h"
@@ -23,19 +24,20 @@
 
 namespace longfill {
 
-inline constexpr int64_t kLinearChunkTokens = 2048;  // tokens that the linear layers take at a time
-
 inline AttentionGeometry GeometryOf(const ModelConfig& config) {
   return {config.num_q_heads, config.num_kv_heads, config.head_dim,
           static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.head_dim)))};
 }
 
-// What layers did on this rank; RunLayer adds to it.
+// What this rank did for a prompt. Seconds are of the device (on the CPU of the clock); what the device waits
+// for from outside, as for before_kv_overwrite, is in none of them.
 struct LayerFigures {
-  double index_seconds = 0;      // building the indices, without the communication inside
-  double attention_seconds = 0;  // kernels only
-  double linear_seconds = 0;     // norms, projections, MLP, and handing K and V on
-  PairCounts pairs;              // of all ranks, all heads
+  double index_seconds = 0;  // building the indices, without the communication inside
+  double attention_seconds = 0;
+  double gemm_seconds = 0;           // projections, MLP, LM head
+  double other_seconds = 0;          // embedding, norms, rotary, activation
+  double communication_seconds = 0;  // of index and attention, with packing and waiting for peers
+  PairCounts pairs;                  // of all ranks, all heads
   int64_t rank_covered_pairs = 0;
   int64_t rank_computed_pairs = 0;
 };
@@ -44,13 +46,21 @@ struct LayerFigures {
 struct LayerParallelism {
   SparseIndexBuilder* index_builder = nullptr;
   ParallelAttention* attention = nullptr;
+  // Benchmarks: what attention uses instead of the index that was just built, which counts in index_seconds
+  // all the same. Puts views of the backend's memory and pair counts into *index, equal on all ranks; they
+  // stay until the layer's work has run. Not timed. May be empty.
+  std::function<absl::Status(int64_t layer, LayerIndex* index)> replace_index;
 };
 
 struct LayerCallbacks {
-  // Key and value of local rows [row_begin, row_end) of the layer are final: [num_kv_heads, rows, head_dim].
-  std::function<absl::Status(int64_t row_begin, int64_t row_end, HeadsView<const float> key,
-                             HeadsView<const float> value)>
+  // Key and value of local rows [row_begin, row_end) of the layer are final once the work enqueued so far has
+  // run: [num_kv_heads, rows, head_dim] in the backend's memory, unchanged until before_kv_overwrite.
+  std::function<absl::Status(int64_t row_begin, int64_t row_end, HeadsView<const void> key,
+                             HeadsView<const void> value)>
       on_kv;
+  // Called once a layer, before work is enqueued that overwrites the K and V of the layer before: lets that
+  // work, or the caller, wait for whoever still reads them. May be empty.
+  std::function<absl::Status()> before_kv_overwrite;
   // Not OK: work may end early. Polled between pieces of compute; thread-safe.
   std::function<absl::Status()> should_stop;
   // Collective: every rank passes its own status and gets the same answer; not OK ends the layer on all
@@ -59,58 +69,92 @@ struct LayerCallbacks {
   std::function<absl::Status(const absl::Status& mine)> agree;
 };
 
-// Memory of one rank for one prompt is allocated in Create and nowhere else. Not thread-safe.
+// Memory of one rank for one prompt, in the backend's compute dtype, is allocated in Create and nowhere else.
+// Everything runs on the backend's main stream. The host stays at most two chunks of linear work ahead of the
+// device, so that it notices should_stop soon. Not thread-safe.
 class Transformer {
  public:
-  // `config`, `weights` and `kernels` outlive the result.
-  static absl::StatusOr<std::unique_ptr<Transformer>> Create(const ModelConfig& config,
-                                                             const ModelWeights& weights, KernelSet& kernels,
-                                                             const ShardPlan& plan, int rank);
+  // One allocation of Create.
+  struct PlannedBuffer {
+    Buffer Transformer::*place;
+    std::string_view what;
+    int64_t bytes = 0;
+  };
 
-  // What Create allocates, for the rank with the most tokens.
+  // `config`, `weights` and `backend` outlive the result; the weights are what UploadWeights or RandomWeights
+  // of that backend gave.
+  static absl::StatusOr<std::unique_ptr<Transformer>> Create(const ModelConfig& config,
+                                                             const ModelWeights& weights, Backend& backend,
+                                                             const ShardPlan& plan, int rank);
+  // The work that was given to the stream must be through, or the backend's memory be stream-ordered.
+  ~Transformer() = default;
+
+  // What Create allocates for a rank with `num_tokens` tokens, to the byte.
+  static std::vector<PlannedBuffer> PlanBuffers(const ModelConfig& config, const KernelSet& kernels,
+                                                int64_t num_tokens);
+  // Their sum for the rank with the most tokens.
   static int64_t PlanBytes(const ModelConfig& config, const KernelSet& kernels, const ShardPlan& plan);
 
-  // ids: the tokens of this rank, in the order of plan.TokenPositions(rank).
-  absl::Status Embed(std::span<const int32_t> ids, Stream& stream);
+  // ids: the tokens of this rank, in the order of plan.TokenPositions(rank), each within the vocabulary.
+  absl::Status Embed(std::span<const int32_t> ids);
 
-  // patterns: one for each query head. Errors of callbacks and kernels that struck one rank come back on
-  // every rank (through `agree`); an error inside a collective leaves the group broken.
+  // Enqueues the layer; its last chunks may still run at return. patterns: one for each query head. Errors of
+  // callbacks and kernels that struck one rank come back on every rank (through `agree`); an error inside a
+  // collective leaves the group broken.
   absl::Status RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
-                        const LayerParallelism& parallel, const LayerCallbacks& callbacks,
-                        LayerFigures* figures, Stream& stream);
+                        const LayerParallelism& parallel, const LayerCallbacks& callbacks);
 
-  // Final norm and LM head of some local rows. logits: [rows.size(), vocab_size].
-  absl::Status Logits(std::span<const int64_t> rows, std::span<float> logits, Stream& stream);
+  // Final norm and LM head of some local rows. logits: [rows.size(), vocab_size], written at return.
+  absl::Status Logits(std::span<const int64_t> rows, std::span<float> logits);
+
+  // Waits for the work given so far; sums since Create.
+  absl::StatusOr<LayerFigures> Figures();
 
  private:
-  Transformer(const ModelConfig& config, const ModelWeights& weights, KernelSet& kernels,
-              const ShardPlan& plan, int rank, RotaryTable rotary);
-  static int64_t WorkspaceBytes(const ModelConfig& config, const KernelSet& kernels, int64_t num_tokens);
+  enum Part : int { kGemm, kOther, kNumParts };
+
+  Transformer(const ModelConfig& config, const ModelWeights& weights, Backend& backend, const ShardPlan& plan,
+              int rank, RotaryTable rotary);
   absl::Status Allocate();
-  absl::Status ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end, Stream& stream);
-  absl::Status FinishLayer(const LayerWeights& layer, int64_t begin, int64_t end, Stream& stream);
-  absl::Status Norm(const float* x, const float* weight, int64_t num_rows, int64_t width, float* out,
-                    Stream& stream);
-  absl::Status Linear(const float* x, const LinearWeights& linear, int64_t num_rows, bool accumulate,
-                      float* out, Stream& stream);
+  template <typename Body>
+  absl::Status ForEachChunk(const std::function<absl::Status()>& should_stop, Body body);
+  absl::Status Attend(int64_t layer, std::span<const HeadPattern> patterns, const LayerParallelism& parallel,
+                      const LayerCallbacks& callbacks);
+  absl::Status ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end);
+  absl::Status FinishLayer(const LayerWeights& layer, int64_t begin, int64_t end);
+  absl::Status FinalNorm(std::span<const int64_t> rows);
+  absl::Status Norm(const void* x, const float* weight, int64_t num_rows, int64_t width, void* out);
+  absl::Status Linear(const void* x, const LinearWeights& linear, int64_t num_rows, bool accumulate,
+                      void* out, DType out_dtype);
   absl::Status ProjectHeads(const LinearWeights& linear, const float* norm, int64_t rotary_dim, int64_t begin,
-                            int64_t num_rows, float* heads, Stream& stream);
-  HeadsView<const float> Heads(const Buffer& buffer, int64_t row) const;
+                            int64_t num_rows, const Buffer& heads);
+  HeadsView<const void> Heads(const Buffer& buffer, int64_t row) const;
+  void* Rows(const Buffer& buffer, int64_t row, int64_t width) const;  // of a token-major buffer
 
   const ModelConfig& config_;
   const ModelWeights& weights_;
+  Backend& backend_;
   KernelSet& kernels_;
+  Stream& stream_;
+  const DType dtype_;
   const ShardPlan plan_;
   const PositionMap positions_;
   const int64_t num_tokens_;  // of this rank
+  const int64_t chunk_;       // tokens that the linear layers take at a time
   const RotaryTable rotary_;
+
+  PartTimer timer_;
+  LayerFigures figures_;                    // without the parts that timer_ keeps
+  std::unique_ptr<Event> chunk_events_[2];  // the ends of the last two chunks, by turns
+  int next_chunk_event_ = 0;
 
   Buffer residual_;   // [num_tokens, hidden_size]
   Buffer q_, k_, v_;  // [heads, num_tokens, head_dim]
   Buffer attention_;  // [num_tokens, num_q_heads * head_dim]
+  Buffer ids_;        // [chunk] int32
   Buffer normed_;     // [chunk, hidden_size]
-  Buffer projected_;  // [chunk, widest projection]
-  Buffer gate_, up_;  // [chunk, intermediate_size]
+  Buffer wide_;       // [chunk, width of Q or intermediate_size], by turns; logits of some rows
+  Buffer up_;         // [chunk, intermediate_size]
   Buffer workspace_;
 };
 

@@ -15,6 +15,7 @@
 #include "absl/strings/str_join.h"
 #include "models/family.h"
 #include "models/json_input.h"
+#include "models/weight_layout.h"
 
 namespace longfill {
 namespace {
@@ -22,67 +23,6 @@ namespace {
 constexpr int64_t kMaxIndexBytes = 64 << 20;
 constexpr char kSingleFile[] = "model.safetensors";
 constexpr char kIndexFile[] = "model.safetensors.index.json";
-
-bool IsNorm(WeightRole role) {
-  switch (role) {
-    case WeightRole::kFinalNorm:
-    case WeightRole::kInputNorm:
-    case WeightRole::kQNorm:
-    case WeightRole::kKNorm:
-    case WeightRole::kPostAttentionNorm:
-      return true;
-    default:
-      return false;
-  }
-}
-
-struct RoleShape {
-  int64_t out_width = 0;
-  int64_t in_width = 0;  // 0 for norms
-};
-
-RoleShape ShapeOf(WeightRole role, const ModelConfig& config) {
-  const int64_t hidden = config.hidden_size;
-  switch (role) {
-    case WeightRole::kEmbedding:
-    case WeightRole::kLmHead:
-      return {config.vocab_size, hidden};
-    case WeightRole::kFinalNorm:
-    case WeightRole::kInputNorm:
-    case WeightRole::kPostAttentionNorm:
-      return {hidden, 0};
-    case WeightRole::kQNorm:
-    case WeightRole::kKNorm:
-      return {config.head_dim, 0};
-    case WeightRole::kQProj:
-      return {config.num_q_heads * config.head_dim, hidden};
-    case WeightRole::kKProj:
-    case WeightRole::kVProj:
-      return {config.num_kv_heads * config.head_dim, hidden};
-    case WeightRole::kOProj:
-      return {hidden, config.num_q_heads * config.head_dim};
-    case WeightRole::kGateProj:
-    case WeightRole::kUpProj:
-      return {config.intermediate_size, hidden};
-    case WeightRole::kDownProj:
-      return {hidden, config.intermediate_size};
-  }
-  return {};
-}
-
-bool Applies(WeightCondition condition, const ModelConfig& config) {
-  switch (condition) {
-    case WeightCondition::kAlways:
-      return true;
-    case WeightCondition::kAttentionBias:
-      return config.attention_bias;
-    case WeightCondition::kMlpBias:
-      return config.mlp_bias;
-    case WeightCondition::kUntied:
-      return !config.tie_word_embeddings;
-  }
-  return false;
-}
 
 std::string ShowShape(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
@@ -229,9 +169,9 @@ class WeightLoader {
     const float* next = values.get();
     for (const WeightRole role : rule.roles) {
       if (rule.is_bias) {
-        LinearOf(role, layer).bias = next;
+        weights_.Linear(role, layer).bias = next;
       } else {
-        NormOf(role, layer) = next;
+        weights_.Norm(role, layer) = next;
       }
       next += ShapeOf(role, config_).out_width;
     }
@@ -245,7 +185,7 @@ class WeightLoader {
     const auto* next = static_cast<const std::byte*>(source);
     for (const WeightRole role : rule.roles) {
       const RoleShape shape = ShapeOf(role, config_);
-      LinearWeights& linear = LinearOf(role, layer);
+      LinearWeights& linear = weights_.Linear(role, layer);
       linear.weight = next;
       linear.dtype = *tensor.dtype;
       linear.out_width = shape.out_width;
@@ -306,46 +246,6 @@ class WeightLoader {
     });
   }
 
-  const float*& NormOf(WeightRole role, int64_t layer) {
-    LayerWeights& weights = weights_.layers_[static_cast<size_t>(layer)];
-    switch (role) {
-      case WeightRole::kInputNorm:
-        return weights.input_norm;
-      case WeightRole::kQNorm:
-        return weights.q_norm;
-      case WeightRole::kKNorm:
-        return weights.k_norm;
-      case WeightRole::kPostAttentionNorm:
-        return weights.post_attention_norm;
-      default:
-        return weights_.final_norm_;
-    }
-  }
-
-  LinearWeights& LinearOf(WeightRole role, int64_t layer) {
-    LayerWeights& weights = weights_.layers_[static_cast<size_t>(layer)];
-    switch (role) {
-      case WeightRole::kEmbedding:
-        return weights_.embedding_;
-      case WeightRole::kQProj:
-        return weights.q_proj;
-      case WeightRole::kKProj:
-        return weights.k_proj;
-      case WeightRole::kVProj:
-        return weights.v_proj;
-      case WeightRole::kOProj:
-        return weights.o_proj;
-      case WeightRole::kGateProj:
-        return weights.gate_proj;
-      case WeightRole::kUpProj:
-        return weights.up_proj;
-      case WeightRole::kDownProj:
-        return weights.down_proj;
-      default:
-        return weights_.lm_head_;
-    }
-  }
-
   const std::string& directory_;
   const ModelConfig& config_;
   const Family& family_;
@@ -353,6 +253,54 @@ class WeightLoader {
   std::map<std::string, Stored, std::less<>> stored_;
   std::unique_ptr<std::byte[]> scratch_;
 };
+
+LinearWeights& ModelWeights::Linear(WeightRole role, int64_t layer) {
+  LayerWeights& weights = layers_[static_cast<size_t>(layer)];
+  switch (role) {
+    case WeightRole::kEmbedding:
+      return embedding_;
+    case WeightRole::kQProj:
+      return weights.q_proj;
+    case WeightRole::kKProj:
+      return weights.k_proj;
+    case WeightRole::kVProj:
+      return weights.v_proj;
+    case WeightRole::kOProj:
+      return weights.o_proj;
+    case WeightRole::kGateProj:
+      return weights.gate_proj;
+    case WeightRole::kUpProj:
+      return weights.up_proj;
+    case WeightRole::kDownProj:
+      return weights.down_proj;
+    default:
+      return lm_head_;
+  }
+}
+
+const LinearWeights& ModelWeights::Linear(WeightRole role, int64_t layer) const {
+  return const_cast<ModelWeights*>(this)->Linear(role, layer);
+}
+
+const float*& ModelWeights::Norm(WeightRole role, int64_t layer) {
+  LayerWeights& weights = layers_[static_cast<size_t>(layer)];
+  switch (role) {
+    case WeightRole::kInputNorm:
+      return weights.input_norm;
+    case WeightRole::kQNorm:
+      return weights.q_norm;
+    case WeightRole::kKNorm:
+      return weights.k_norm;
+    case WeightRole::kPostAttentionNorm:
+      return weights.post_attention_norm;
+    default:
+      return final_norm_;
+  }
+}
+
+const float* ModelWeights::Norm(WeightRole role, int64_t layer) const {
+  return const_cast<ModelWeights*>(this)->Norm(role, layer);
+}
 
 absl::StatusOr<std::unique_ptr<const ModelWeights>> ModelWeights::Load(const std::string& directory,
                                                                        const ModelConfig& config) {

@@ -1,12 +1,14 @@
 #ifndef LONGFILL_MODELS_WEIGHTS_H_
 #define LONGFILL_MODELS_WEIGHTS_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "kernels/base/memory.h"
 #include "kernels/base/status.h"
 #include "models/config.h"
 #include "models/safetensors.h"
@@ -14,6 +16,7 @@
 namespace longfill {
 
 struct Family;
+enum class WeightRole : uint8_t;
 
 // One linear layer as Hugging Face stores it. A slice of a fused tensor looks the same: rows are dense.
 struct LinearWeights {
@@ -21,7 +24,7 @@ struct LinearWeights {
   DType dtype = DType::kFloat32;
   int64_t out_width = 0;
   int64_t in_width = 0;
-  const float* bias = nullptr;  // [out_width] or nullptr
+  const void* bias = nullptr;  // [out_width] of the compute dtype (fp32 in host memory), or nullptr
 };
 
 struct LayerWeights {
@@ -38,9 +41,11 @@ struct LayerWeights {
   LinearWeights down_proj;  // [hidden_size, intermediate_size]
 };
 
-// All weights of a model, in host memory. Projections and the embedding are views of the mapped files in
-// their stored dtype (copied where the file has them unaligned); norms and biases are widened to fp32.
-// Immutable, so thread-safe; the pointers live as long as this object.
+// All weights of a model. Load gives those of a checkpoint in host memory, which is what a CPU computes with:
+// projections and the embedding are views of the mapped files in their stored dtype (copied where the file
+// has them unaligned), norms and biases are widened to fp32. device_weights.h makes those of a backend's
+// memory: projections, embedding and biases in one dtype, norms in fp32. Immutable, so thread-safe; the
+// pointers live as long as this object.
 class ModelWeights {
  public:
   // From DIR/model.safetensors, else from the shards that DIR/model.safetensors.index.json names (plain file
@@ -63,7 +68,7 @@ class ModelWeights {
 
   int64_t bytes() const { return mapped_bytes_ + owned_bytes_; }
   int64_t mapped_bytes() const { return mapped_bytes_; }  // views of the page cache
-  int64_t owned_bytes() const { return owned_bytes_; }    // norms, biases and copies of unaligned tensors
+  int64_t owned_bytes() const { return owned_bytes_; }    // allocated
   int64_t num_parameters() const { return num_parameters_; }
   const std::vector<std::shared_ptr<const SafetensorsFile>>& files() const {
     return files_;
@@ -71,11 +76,18 @@ class ModelWeights {
 
  private:
   friend class WeightLoader;
+  friend class DeviceWeights;
   ModelWeights() = default;
+  // By role; `layer` is not looked at where the role is not one of a layer.
+  LinearWeights& Linear(WeightRole role, int64_t layer);
+  const LinearWeights& Linear(WeightRole role, int64_t layer) const;
+  const float*& Norm(WeightRole role, int64_t layer);
+  const float* Norm(WeightRole role, int64_t layer) const;
 
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
   std::vector<std::unique_ptr<float[]>> widened_;
   std::vector<std::unique_ptr<std::byte[]>> copies_;
+  Buffer device_;  // all weights of a backend's memory
   LinearWeights embedding_;
   const float* final_norm_ = nullptr;
   LinearWeights lm_head_;

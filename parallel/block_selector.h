@@ -11,47 +11,42 @@
 #include "kernels/api/kernel_set.h"
 #include "kernels/sparse/head_pattern.h"
 #include "parallel/attention_geometry.h"
-#include "parallel/communicator.h"
 #include "parallel/mesh.h"
+#include "parallel/selection_context.h"
 
 namespace longfill {
 
 class BlockSelector {
  public:
-  // Heads [num_q_heads] without a BlockSparse pattern are skipped. Parity coverage forces no block.
-  BlockSelector(KernelSet& kernels, Communicator& world, const ShardPlan& plan,
-                const AttentionGeometry& geometry, Coverage coverage, std::span<const HeadPattern> patterns);
+  // Heads [num_q_heads] without a BlockSparse pattern are skipped.
+  BlockSelector(const KernelSet& kernels, const ShardPlan& plan, const AttentionGeometry& geometry,
+                std::span<const HeadPattern> patterns);
 
-  int64_t PlanBytes() const;  // on the rank that needs most
+  int64_t ScratchBytes(int rank) const;  // rank 0 needs most
 
-  absl::Status Allocate();
-  // Every rank, after Allocate succeeded on all. Returns [num_q_heads], empty where the pattern is another
-  // one.
-  absl::StatusOr<std::vector<BlockListIndex>> Select(HeadsView<const float> q, HeadsView<const float> k,
-                                                     Stream& stream);
+  // Every rank. Fills the storage of the block-sparse heads and this rank's share of their pair counts, also
+  // of what the published kernels, which force no block, would select. Parity coverage is that selection.
+  absl::Status Select(const SelectionContext& context, HeadsView<const void> q,
+                      HeadsView<const void> k) const;
 
  private:
-  struct Sizes {
-    int64_t pooled = 0, pooled_all = 0, selected = 0;
-  };
-  Sizes BytesFor(int64_t local_tokens) const;
-  absl::Status GatherPooledKeys(HeadsView<const float> k, int64_t kv_head, Stream& stream);
-  absl::Status SelectOwn(int64_t num_blocks, bool force, Stream& stream);
-  int64_t CountOwnPairs(int64_t num_blocks) const;
-  absl::Status GatherLists(int64_t num_blocks, BlockListIndex* index, Stream& stream);
-  // Row blocks of a rank, as absolute numbers, in the order of its rows.
-  std::vector<int32_t> RowBlocks(int rank) const;
+  class Selection;
 
-  KernelSet& kernels_;
-  Communicator& world_;
+  // Offsets of the pieces of a rank's scratch.
+  struct Scratch {
+    int64_t pooled_q = 0, pooled_k = 0, published = 0, workspace = 0;
+    int64_t own = 0, gathered = 0;  // where there are several ranks
+    int64_t workspace_bytes = 0;
+    int64_t total_bytes = 0;
+  };
+  Scratch ScratchFor(int64_t local_tokens) const;
+
+  const KernelSet& kernels_;
   const ShardPlan plan_;
   const AttentionGeometry geometry_;
-  const Coverage coverage_;
-  const std::span<const HeadPattern> patterns_;
-  int64_t num_row_blocks_ = 0;       // of the prompt
-  int64_t max_blocks_ = 0;           // largest clamped budget; 0: no block-sparse head
-  std::vector<int32_t> row_blocks_;  // own
-  Buffer pooled_, pooled_keys_, pooled_staging_, selected_;
+  std::vector<int32_t> heads_;        // the block-sparse ones
+  std::vector<int64_t> row_lengths_;  // of each of them
+  int64_t num_row_blocks_ = 0;        // of the prompt
 };
 
 }  // namespace longfill

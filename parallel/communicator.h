@@ -18,18 +18,19 @@ enum class ReduceType : uint8_t { kFloat32, kFloat64, kInt64, kUInt64 };
 enum class ReduceOp : uint8_t { kSum, kMax, kMin };
 
 // A group of ranks that call the same operations in the same order. Each call is enqueued on `stream` (on the
-// CPU it has finished when it returns) and has the communicator's deadline: a peer that is dead, stopped or
-// late gives DeadlineExceeded or Unavailable, and from then on the group is broken: every later call returns
-// the first error at once (FailedPrecondition names it), here and, through Abort, on the peers. One thread at
-// a time per communicator. Buffers of a call that failed by deadline may still be written by a peer's late
-// message: an implementation keeps them out of the caller's memory or says that the process must end
-// (parallel/README.md).
+// CPU it has finished when it returns); its buffers are memory of the stream's device, so host memory with a
+// CpuStream (CreateStagedCommunicator makes a communicator for streams of a device). Each call has the
+// communicator's deadline: a peer that is dead, stopped or late gives DeadlineExceeded or Unavailable, and
+// from then on the group is broken: every later call returns the first error at once (FailedPrecondition
+// names it), here and, through Abort, on the peers. One thread at a time per communicator. Buffers of a call
+// that failed by deadline may still be written by a peer's late message: an implementation keeps them out of
+// the caller's memory or says that the process must end (parallel/README.md).
 class Communicator {
  public:
   virtual ~Communicator() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
-  virtual std::string_view name() const = 0;  // "mpi", "in-process", "single"
+  virtual std::string_view name() const = 0;  // "mpi", "in-process", "single", "staged mpi"
 
   // recv holds the pieces of ranks 0, 1, ... one behind the other; counts_bytes[size()] is equal on all ranks
   // and counts_bytes[rank()] is the size of send. In place (send inside recv at its own place) is allowed.
@@ -68,12 +69,13 @@ std::unique_ptr<Communicator> CreateSingleCommunicator();
 std::vector<std::unique_ptr<Communicator>> CreateInProcessCommunicators(int size,
                                                                         CommunicatorOptions options);
 
-// Collective helper: every rank passes its own status; all return OK, or all return the error of the lowest
-// failing rank ("rank 2: ..." in front; a group of one adds nothing). Leaves the group usable. This is how
-// errors before the first collective of a request become the same error on all.
+// Collective helper on host values, so `stream` is a CpuStream: every rank passes its own status; all return
+// OK, or all return the error of the lowest failing rank ("rank 2: ..." in front; a group of one adds
+// nothing). Leaves the group usable. This is how errors before the first collective of a request become the
+// same error on all.
 absl::Status AgreeOnStatus(Communicator& comm, const absl::Status& mine, Stream& stream);
 
-// Collective helpers for host values of any length: root's string, or everybody's.
+// Collective helpers for host values of any length, with a CpuStream: root's string, or everybody's.
 absl::StatusOr<std::string> BroadcastString(Communicator& comm, std::string value, int root, Stream& stream);
 absl::StatusOr<std::vector<std::string>> AllGatherStrings(Communicator& comm, const std::string& value,
                                                           Stream& stream);

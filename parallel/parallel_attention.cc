@@ -1,93 +1,24 @@
 #include "parallel/parallel_attention.h"
 
 #include <algorithm>
-#include <chrono>
-#include <cstring>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "parallel/attention_layout.h"
 #include "parallel/communicator_internal.h"
+#include "parallel/head_placement.h"
+#include "parallel/packing.h"
+#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-constexpr int64_t kFloat = sizeof(float);
-constexpr int64_t kRoundBytes = int64_t{256} << 20;   // of the KV heads that are computed together
-constexpr int64_t kStagingBytes = int64_t{32} << 20;  // of one exchange, in each direction
-constexpr double kLaunchFlops = 5e10;                 // about a second on one core: how soon a stop is seen
+// How soon a stop is seen. On the CPU about a second of one core; on a GPU 200 ms, if its kernels reach
+// 200 TFLOP/s on what the index covers.
+constexpr double kCpuLaunchFlops = 5e10;
+constexpr double kDeviceLaunchFlops = 0.2 * 200e12;
 
 int64_t BlocksOf(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
-
-// Sizes that follow from the plan alone, for the rank that needs most, so that all ranks take the same
-// slices.
-struct Layout {
-  Layout(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan) {
-    const Mesh mesh = plan.mesh();
-    head_exchange = mesh.head > 1;
-    sequence_exchange = mesh.sequence > 1;
-    padded_tokens = BlocksOf(plan.num_tokens()) * kTokenBlock;
-    group_rows = plan.GroupNumTokens(0);
-    const int64_t row_bytes = geometry.head_dim * kFloat;
-    const int64_t rows_per_kv = (head_exchange || sequence_exchange ? 2 * padded_tokens : 0) +
-                                (head_exchange && sequence_exchange ? 2 * group_rows : 0) +
-                                (head_exchange ? 2 * geometry.q_per_kv() * group_rows : 0);
-    kv_heads = std::clamp<int64_t>(kRoundBytes / std::max<int64_t>(1, rows_per_kv * row_bytes), 1,
-                                   geometry.num_kv_heads);
-    q_heads = kv_heads * geometry.q_per_kv();
-
-    const int64_t block_bytes = kTokenBlock * row_bytes;
-    const int64_t head_bytes =
-        q_heads * mesh.head * block_bytes;  // sent, or received, for one block of each member
-    const int64_t key_bytes = kv_heads * mesh.sequence * block_bytes;
-    const int64_t member_blocks = BlocksOf(plan.NumTokens(0));
-    const int64_t group_blocks = BlocksOf(group_rows);
-    head_slice = std::clamp<int64_t>(kStagingBytes / head_bytes, 1, std::max<int64_t>(1, member_blocks));
-    key_slice = std::clamp<int64_t>(kStagingBytes / key_bytes, 1, std::max<int64_t>(1, group_blocks));
-    staging_bytes =
-        std::max(head_exchange ? head_slice * head_bytes : 0, sequence_exchange ? key_slice * key_bytes : 0);
-    q_bytes = head_exchange ? q_heads * group_rows * row_bytes : 0;
-    group_kv_bytes = head_exchange && sequence_exchange ? kv_heads * group_rows * row_bytes : 0;
-    all_kv_bytes = head_exchange || sequence_exchange ? kv_heads * padded_tokens * row_bytes : 0;
-    workspace_bytes = kernels.AttentionWorkspaceBytes(geometry.head_dim);
-  }
-
-  int64_t TotalBytes() const {
-    return 2 * q_bytes + 2 * group_kv_bytes + 2 * all_kv_bytes + 2 * staging_bytes + workspace_bytes;
-  }
-
-  bool head_exchange = false;
-  bool sequence_exchange = false;
-  int64_t padded_tokens = 0;  // of the prompt, whole blocks
-  int64_t group_rows = 0;     // of head group 0, the largest
-  int64_t kv_heads = 0;       // of one round on one rank, at most
-  int64_t q_heads = 0;
-  int64_t head_slice = 0;  // token blocks of each member in one exchange
-  int64_t key_slice = 0;
-  int64_t staging_bytes = 0;
-  int64_t q_bytes = 0;  // also of the output
-  int64_t group_kv_bytes = 0;
-  int64_t all_kv_bytes = 0;
-  int64_t workspace_bytes = 0;
-};
-
-struct Buffers {
-  Buffer q, out, group_k, group_v, all_k, all_v, send, recv, workspace;
-
-  absl::Status Allocate(const Layout& layout, MemoryResource& memory) {
-    LF_ASSIGN_OR_RETURN(q, memory.Allocate(layout.q_bytes, "queries of the head group"));
-    LF_ASSIGN_OR_RETURN(out, memory.Allocate(layout.q_bytes, "attention output of the head group"));
-    LF_ASSIGN_OR_RETURN(group_k, memory.Allocate(layout.group_kv_bytes, "keys of the head group"));
-    LF_ASSIGN_OR_RETURN(group_v, memory.Allocate(layout.group_kv_bytes, "values of the head group"));
-    LF_ASSIGN_OR_RETURN(all_k, memory.Allocate(layout.all_kv_bytes, "keys of the prompt"));
-    LF_ASSIGN_OR_RETURN(all_v, memory.Allocate(layout.all_kv_bytes, "values of the prompt"));
-    LF_ASSIGN_OR_RETURN(send, memory.Allocate(layout.staging_bytes, "attention exchange, sent"));
-    LF_ASSIGN_OR_RETURN(recv, memory.Allocate(layout.staging_bytes, "attention exchange, received"));
-    LF_ASSIGN_OR_RETURN(workspace, memory.Allocate(layout.workspace_bytes, "attention workspace"));
-    return absl::OkStatus();
-  }
-};
 
 // The heads that one rank computes in one round.
 struct RoundHeads {
@@ -110,57 +41,65 @@ std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per
   return rounds;
 }
 
-class Timer {
- public:
-  explicit Timer(double* seconds) : seconds_(seconds), start_(Clock::now()) {}
-  ~Timer() { *seconds_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
-
- private:
-  double* seconds_;
-  const Clock::time_point start_;
-};
+}  // namespace
 
 // One call of ParallelAttention::Run on one rank.
-class AttentionRun {
+class ParallelAttention::AttentionRun {
  public:
-  AttentionRun(KernelSet& kernels, Communicator& head_group, Communicator& sequence_group,
-               const AttentionGeometry& geometry, const ShardPlan& plan, int rank,
-               const ParallelAttentionParams& params, Stream& stream)
-      : kernels_(kernels),
-        head_group_(head_group),
-        sequence_group_(sequence_group),
-        geometry_(geometry),
+  AttentionRun(ParallelAttention& owner, const ShardPlan& plan, const ParallelAttentionParams& params)
+      : owner_(owner),
+        kernels_(owner.backend_.kernels()),
+        stream_(owner.backend_.stream()),
+        head_group_(*owner.head_group_),
+        sequence_group_(*owner.sequence_group_),
+        geometry_(owner.geometry_),
         plan_(plan),
-        rank_(rank),
+        rank_(owner.world_.rank()),
         params_(params),
-        stream_(stream),
-        layout_(kernels, geometry, plan),
-        width_(geometry.head_dim),
-        local_rows_(plan.NumTokens(rank)),
-        group_rows_(plan.GroupNumTokens(plan.SequenceIndex(rank))) {}
+        layout_(kernels_, geometry_, plan),
+        width_(geometry_.head_dim),
+        element_(DTypeBytes(kernels_.compute_dtype())),
+        local_rows_(plan.NumTokens(rank_)),
+        group_rows_(plan.GroupNumTokens(plan.SequenceIndex(rank_))) {}
 
-  absl::Status Allocate() { return buffers_.Allocate(layout_, kernels_.memory()); }
+  absl::Status Allocate() {
+    LF_ASSIGN_OR_RETURN(memory_,
+                        owner_.backend_.memory().Allocate(layout_.total_bytes, "attention of the ranks"));
+    return absl::OkStatus();
+  }
 
   absl::StatusOr<ParallelAttentionStats> Execute() {
-    ZeroTails();
+    owner_.attention_timer_.Reset();
+    owner_.communication_timer_.Reset();
+    auto& counts = owner_.counts_;
+    LF_RETURN_IF_ERROR(kernels_.Zero(Piece<void>(layout_.counts), sizeof(counts), stream_));
+    LF_RETURN_IF_ERROR(ZeroTails());
     PlaceRounds();
     for (size_t round = 0; round < num_rounds_; ++round) LF_RETURN_IF_ERROR(ExecuteRound(round));
+    LF_RETURN_IF_ERROR(stream_.Sync());  // with its deadline, which a copy to pageable memory has not
+    LF_RETURN_IF_ERROR(kernels_.CopyOut(counts.data(), Piece<void>(layout_.counts), sizeof(counts), stream_));
+    LF_RETURN_IF_ERROR(stream_.Sync());
     if (stopped_) return absl::CancelledError("attention was stopped");
-    return stats_;
+    ParallelAttentionStats stats{.covered_pairs = counts[0], .computed_pairs = counts[1]};
+    LF_ASSIGN_OR_RETURN(stats.attention_seconds, owner_.attention_timer_.Seconds());
+    LF_ASSIGN_OR_RETURN(stats.communication_seconds, owner_.communication_timer_.Seconds());
+    return stats;
   }
 
  private:
   using HeadLists = std::vector<std::span<const int32_t>>;  // of each member of the head group
 
   // Rows of a prompt in whole blocks: those that no exchange writes stay 0.
-  void ZeroTails() {
-    if (layout_.all_kv_bytes == 0) return;
-    const int64_t tail = (layout_.padded_tokens - plan_.num_tokens()) * width_;
-    for (int64_t head = 0; head < layout_.kv_heads; ++head) {
-      const int64_t at = (head * layout_.padded_tokens + plan_.num_tokens()) * width_;
-      std::fill_n(buffers_.all_k.as<float>() + at, tail, 0.0f);
-      std::fill_n(buffers_.all_v.as<float>() + at, tail, 0.0f);
+  absl::Status ZeroTails() {
+    if (!layout_.head_exchange && !layout_.sequence_exchange) return absl::OkStatus();
+    const int64_t tail = layout_.padded_tokens - plan_.num_tokens();
+    for (int64_t head = 0; head < layout_.kv_heads && tail > 0; ++head) {
+      const int64_t at = RowBytes(head * layout_.padded_tokens + plan_.num_tokens());
+      for (const int64_t buffer : {layout_.all_k, layout_.all_v}) {
+        LF_RETURN_IF_ERROR(kernels_.Zero(Piece<char>(buffer) + at, RowBytes(tail), stream_));
+      }
     }
+    return absl::OkStatus();
   }
 
   void PlaceRounds() {
@@ -180,89 +119,122 @@ class AttentionRun {
 
   absl::Status ExecuteRound(size_t round) {
     const RoundHeads& mine = rounds_[plan_.HeadIndex(rank_)][round];
-    HeadsView<const float> q = FromHead(params_.q, mine.q);
-    HeadsView<const float> k = FromHead(params_.k, mine.kv);
-    HeadsView<const float> v = FromHead(params_.v, mine.kv);
-    if (layout_.head_exchange) {
-      const Timer timer(&stats_.communication_seconds);
-      HeadLists q_lists, kv_lists;
-      for (const std::vector<RoundHeads>& rounds : rounds_) {
-        q_lists.push_back(rounds[round].q);
-        kv_lists.push_back(rounds[round].kv);
+    HeadsView<const void> q = FromHead(params_.q, mine.q);
+    HeadsView<const void> k = FromHead(params_.k, mine.kv);
+    HeadsView<const void> v = FromHead(params_.v, mine.kv);
+    if (layout_.head_exchange || layout_.sequence_exchange) {
+      LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(stream_));
+      if (layout_.head_exchange) LF_RETURN_IF_ERROR(ExchangeHeads(round, &q, &k, &v));
+      if (layout_.sequence_exchange && !mine.kv.empty()) {  // members of a sequence group have equal heads
+        const auto num_heads = static_cast<int64_t>(mine.kv.size());
+        LF_RETURN_IF_ERROR(GatherSequence(num_heads, Dense(layout_.all_k, layout_.padded_tokens), &k));
+        LF_RETURN_IF_ERROR(GatherSequence(num_heads, Dense(layout_.all_v, layout_.padded_tokens), &v));
       }
-      const HeadsView<float> q_to = Dense(buffers_.q, group_rows_);
-      const HeadsView<float> k_to = layout_.sequence_exchange ? Dense(buffers_.group_k, group_rows_)
-                                                              : Dense(buffers_.all_k, layout_.padded_tokens);
-      const HeadsView<float> v_to = layout_.sequence_exchange ? Dense(buffers_.group_v, group_rows_)
-                                                              : Dense(buffers_.all_v, layout_.padded_tokens);
-      LF_RETURN_IF_ERROR(TokensToHeads(params_.q, q_lists, q_to));
-      LF_RETURN_IF_ERROR(TokensToHeads(params_.k, kv_lists, k_to));
-      LF_RETURN_IF_ERROR(TokensToHeads(params_.v, kv_lists, v_to));
-      q = Const(q_to);
-      k = Const(k_to);
-      v = Const(v_to);
+      LF_RETURN_IF_ERROR(owner_.communication_timer_.End(stream_));
     }
-    if (layout_.sequence_exchange && !mine.kv.empty()) {  // the members of a sequence group have equal heads
-      const Timer timer(&stats_.communication_seconds);
-      const HeadsView<float> k_to = Dense(buffers_.all_k, layout_.padded_tokens);
-      const HeadsView<float> v_to = Dense(buffers_.all_v, layout_.padded_tokens);
-      LF_RETURN_IF_ERROR(GatherSequence(k, static_cast<int64_t>(mine.kv.size()), k_to));
-      LF_RETURN_IF_ERROR(GatherSequence(v, static_cast<int64_t>(mine.kv.size()), v_to));
-      k = Const(k_to);
-      v = Const(v_to);
-    }
+    HeadsView<void> out{Piece<void>(layout_.out), width_, static_cast<int64_t>(mine.q.size()) * width_};
     if (!layout_.head_exchange) {
-      return Compute(mine, q, k, v,
-                     {params_.out + mine.q.front() * width_, width_, geometry_.num_q_heads * width_});
+      out = {Advance(params_.out, mine.q.front() * width_, kernels_.compute_dtype()), width_,
+             geometry_.num_q_heads * width_};
     }
-    const int64_t out_stride = static_cast<int64_t>(mine.q.size()) * width_;
-    LF_RETURN_IF_ERROR(Compute(mine, q, k, v, {buffers_.out.as<float>(), width_, out_stride}));
-    const Timer timer(&stats_.communication_seconds);
-    return HeadsToTokens(round);
+    LF_RETURN_IF_ERROR(owner_.attention_timer_.Begin(stream_));
+    LF_RETURN_IF_ERROR(Compute(mine, q, k, v, out));
+    LF_RETURN_IF_ERROR(owner_.attention_timer_.End(stream_));
+    if (!layout_.head_exchange) return absl::OkStatus();
+    LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(stream_));
+    LF_RETURN_IF_ERROR(HeadsToTokens(round));
+    return owner_.communication_timer_.End(stream_);
   }
 
-  // Attention of the round's heads in launches of bounded length.
-  absl::Status Compute(const RoundHeads& mine, HeadsView<const float> q, HeadsView<const float> k,
-                       HeadsView<const float> v, HeadsView<float> out) {
+  // The round's heads of all tokens of the head group, in place of all heads of this rank's.
+  absl::Status ExchangeHeads(size_t round, HeadsView<const void>* q, HeadsView<const void>* k,
+                             HeadsView<const void>* v) {
+    HeadLists q_lists, kv_lists;
+    for (const std::vector<RoundHeads>& rounds : rounds_) {
+      q_lists.push_back(rounds[round].q);
+      kv_lists.push_back(rounds[round].kv);
+    }
+    const HeadsView<void> q_to = Dense(layout_.q, group_rows_);
+    const HeadsView<void> k_to = layout_.sequence_exchange ? Dense(layout_.group_k, group_rows_)
+                                                           : Dense(layout_.all_k, layout_.padded_tokens);
+    const HeadsView<void> v_to = layout_.sequence_exchange ? Dense(layout_.group_v, group_rows_)
+                                                           : Dense(layout_.all_v, layout_.padded_tokens);
+    LF_RETURN_IF_ERROR(TokensToHeads(params_.q, q_lists, q_to));
+    LF_RETURN_IF_ERROR(TokensToHeads(params_.k, kv_lists, k_to));
+    LF_RETURN_IF_ERROR(TokensToHeads(params_.v, kv_lists, v_to));
+    *q = q_to;
+    *k = k_to;
+    *v = v_to;
+    return absl::OkStatus();
+  }
+
+  // Attention of the round's heads in launches of bounded length: all heads at once where one block of rows
+  // of them is short enough, so that the device is full, else those of one KV head at a time.
+  absl::Status Compute(const RoundHeads& mine, HeadsView<const void> q, HeadsView<const void> k,
+                       HeadsView<const void> v, HeadsView<void> out) {
+    if (RowFlops(mine.q) * static_cast<double>(kTokenBlock) <= LaunchFlops()) {
+      return ComputeHeads(mine, q, k, v, out);
+    }
     size_t q_begin = 0;
     for (size_t j = 0; j < mine.kv.size(); ++j) {
-      size_t q_end = q_begin;
-      std::vector<const SparseIndex*> indices;
-      double flops_per_row = 0;
-      for (; q_end < mine.q.size() && mine.q[q_end] / geometry_.q_per_kv() == mine.kv[j]; ++q_end) {
-        indices.push_back(&params_.indices[mine.q[q_end]]);
-        const double pairs = static_cast<double>(params_.pairs[mine.q[q_end]].covered);
-        flops_per_row +=
-            4.0 * static_cast<double>(width_) * 2.0 * pairs / static_cast<double>(plan_.num_tokens());
+      RoundHeads part{.kv = {mine.kv[j]}};
+      for (size_t i = q_begin; i < mine.q.size() && mine.q[i] / geometry_.q_per_kv() == mine.kv[j]; ++i) {
+        part.q.push_back(mine.q[i]);
       }
-      const double launch_blocks = kLaunchFlops / (flops_per_row * static_cast<double>(kTokenBlock) + 1);
-      const int64_t step =
-          kTokenBlock * static_cast<int64_t>(std::clamp(launch_blocks, 1.0, static_cast<double>(1 << 20)));
-      AttentionParams launch;
-      const int64_t q_at = static_cast<int64_t>(q_begin);
-      const int64_t kv_at = static_cast<int64_t>(j);
-      launch.q = {q.data + q_at * q.head_stride, q.head_stride, q.row_stride};
-      launch.k = {k.data + kv_at * k.head_stride, k.head_stride, k.row_stride};
-      launch.v = {v.data + kv_at * v.head_stride, v.head_stride, v.row_stride};
-      launch.out = {out.data + q_at * out.head_stride, out.head_stride, out.row_stride};
-      launch.num_q_heads = static_cast<int64_t>(indices.size());
-      launch.num_kv_heads = 1;
-      launch.head_dim = width_;
-      launch.scale = geometry_.scale;
-      for (int64_t row = 0; row < group_rows_; row += step) {
-        LF_RETURN_IF_ERROR(Launch(launch, row, std::min(row + step, group_rows_), indices));
-      }
-      q_begin = q_end;
+      LF_RETURN_IF_ERROR(
+          ComputeHeads(part, AtHead(q, q_begin), AtHead(k, j), AtHead(v, j), AtHead(out, q_begin)));
+      q_begin += part.q.size();
     }
     return absl::OkStatus();
   }
 
-  // Rows [begin, end) of the head group; begin is a multiple of the token block.
+  absl::Status ComputeHeads(const RoundHeads& heads, HeadsView<const void> q, HeadsView<const void> k,
+                            HeadsView<const void> v, HeadsView<void> out) {
+    std::vector<IndexView> indices;
+    std::vector<int32_t> kv_head;
+    for (const int32_t head : heads.q) {
+      indices.push_back(params_.indices[head]);
+      const auto kv = std::find(heads.kv.begin(), heads.kv.end(), head / geometry_.q_per_kv());
+      kv_head.push_back(static_cast<int32_t>(kv - heads.kv.begin()));
+    }
+    AttentionParams launch;
+    launch.q = q;
+    launch.k = k;
+    launch.v = v;
+    launch.out = out;
+    launch.num_q_heads = static_cast<int64_t>(heads.q.size());
+    launch.num_kv_heads = static_cast<int64_t>(heads.kv.size());
+    launch.kv_head = kv_head;
+    launch.head_dim = width_;
+    launch.scale = geometry_.scale;
+    const double blocks = LaunchFlops() / (RowFlops(heads.q) * static_cast<double>(kTokenBlock) + 1);
+    const int64_t step =
+        kTokenBlock * static_cast<int64_t>(std::clamp(blocks, 1.0, static_cast<double>(1 << 20)));
+    for (int64_t row = 0; row < group_rows_ && !heads.q.empty(); row += step) {
+      LF_RETURN_IF_ERROR(Launch(launch, row, std::min(row + step, group_rows_), indices));
+    }
+    return absl::OkStatus();
+  }
+
+  double LaunchFlops() const {
+    return stream_.device() == DeviceKind::kCpu ? kCpuLaunchFlops : kDeviceLaunchFlops;
+  }
+
+  // Of one row of some heads; the last rows of a dense prompt have twice the mean.
+  double RowFlops(std::span<const int32_t> heads) const {
+    double pairs = 0;
+    for (const int32_t head : heads) pairs += static_cast<double>(params_.pairs[head].covered);
+    return 4.0 * static_cast<double>(width_) * 2.0 * pairs / static_cast<double>(plan_.num_tokens());
+  }
+
+  // Rows [begin, end) of the head group; begin is a multiple of the token block. Waits until at most one
+  // launch is on its way.
   absl::Status Launch(AttentionParams launch, int64_t begin, int64_t end,
-                      std::span<const SparseIndex* const> indices) {
+                      std::span<const IndexView> indices) {
+    Event& ended = *owner_.launch_ended_[num_launches_ % owner_.launch_ended_.size()];
+    if (num_launches_ >= owner_.launch_ended_.size()) LF_RETURN_IF_ERROR(ended.Wait());
     if (!stopped_ && params_.should_stop && params_.should_stop()) stopped_ = true;
     if (stopped_) return absl::OkStatus();
-    const Timer timer(&stats_.attention_seconds);
     PositionMap positions = plan_.GroupPositions(plan_.SequenceIndex(rank_));
     positions.first = positions.Position(begin);
     AttentionSequence sequence;
@@ -273,41 +245,35 @@ class AttentionRun {
     sequence.num_tokens = plan_.num_tokens();
     sequence.key_range_end = plan_.num_tokens();
     sequence.indices = indices;
-    int64_t covered = 0;
-    int64_t computed = 0;
     launch.sequences = {&sequence, 1};
-    launch.covered_pairs = &covered;
-    launch.computed_pairs = &computed;
-    const Workspace workspace{buffers_.workspace.data(), buffers_.workspace.size_bytes()};
+    launch.covered_pairs = Piece<int64_t>(layout_.counts);
+    launch.computed_pairs = launch.covered_pairs + 1;
+    const Workspace workspace{Piece<void>(layout_.workspace), layout_.workspace_bytes};
     LF_RETURN_IF_ERROR(kernels_.Attention(launch, workspace, stream_));
-    LF_RETURN_IF_ERROR(stream_.Sync());
-    stats_.covered_pairs += covered;
-    stats_.computed_pairs += computed;
-    return absl::OkStatus();
+    ++num_launches_;
+    return ended.Record(stream_);
   }
 
   // All-to-all of the head group: from[all heads][own tokens] to to[own heads of the lists][rows of the
   // group].
-  absl::Status TokensToHeads(HeadsView<const float> from, const HeadLists& lists, HeadsView<float> to) {
+  absl::Status TokensToHeads(HeadsView<const void> from, const HeadLists& lists, HeadsView<void> to) {
     const int members = head_group_.size();
-    const std::span<const int32_t> mine = lists[head_group_.rank()];
+    const auto my_heads = static_cast<int64_t>(lists[head_group_.rank()].size());
     std::vector<int64_t> send_bytes(members), recv_bytes(members);
     for (int64_t block = 0; block < BlocksOf(MemberRows(0)); block += layout_.head_slice) {
-      float* send = buffers_.send.as<float>();
+      char* send = Piece<char>(layout_.send);
       const TokenRange rows = Slice(local_rows_, block, layout_.head_slice);
       for (int m = 0; m < members; ++m) {
-        for (const int32_t head : lists[m]) send = CopyRows(from, head, rows, send);
+        LF_ASSIGN_OR_RETURN(send, PackHeads(kernels_, from, lists[m], rows, width_, send, stream_));
         send_bytes[m] = static_cast<int64_t>(lists[m].size()) * RowBytes(rows);
-        recv_bytes[m] =
-            static_cast<int64_t>(mine.size()) * RowBytes(Slice(MemberRows(m), block, layout_.head_slice));
+        recv_bytes[m] = my_heads * RowBytes(Slice(MemberRows(m), block, layout_.head_slice));
       }
-      LF_RETURN_IF_ERROR(
-          head_group_.AllToAll(buffers_.send.data(), send_bytes, buffers_.recv.data(), recv_bytes, stream_));
-      LF_RETURN_IF_ERROR(stream_.Sync());
-      const float* received = buffers_.recv.as<float>();
+      LF_RETURN_IF_ERROR(head_group_.AllToAll(Piece<void>(layout_.send), send_bytes,
+                                              Piece<void>(layout_.recv), recv_bytes, stream_));
+      const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(MemberRows(m), block, layout_.head_slice);
-        received = Interleave(received, static_cast<int64_t>(mine.size()), theirs, members, m, to);
+        LF_ASSIGN_OR_RETURN(received, Interleave(received, my_heads, theirs, members, m, to));
       }
     }
     return absl::OkStatus();
@@ -317,63 +283,91 @@ class AttentionRun {
   // columns.
   absl::Status HeadsToTokens(size_t round) {
     const int members = head_group_.size();
-    const int me = head_group_.rank();
-    const int64_t my_width = static_cast<int64_t>(rounds_[me][round].q.size()) * width_;
+    const int64_t my_row = RowBytes(static_cast<int64_t>(rounds_[head_group_.rank()][round].q.size()));
+    const int64_t block_bytes = kTokenBlock * my_row;
     std::vector<int64_t> send_bytes(members), recv_bytes(members);
     for (int64_t block = 0; block < BlocksOf(MemberRows(0)); block += layout_.head_slice) {
       const TokenRange rows = Slice(local_rows_, block, layout_.head_slice);
-      float* send = buffers_.send.as<float>();
+      char* send = Piece<char>(layout_.send);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(MemberRows(m), block, layout_.head_slice);
-        for (int64_t row = theirs.begin; row < theirs.end; row += kTokenBlock) {
-          const int64_t count = std::min(kTokenBlock, theirs.end - row) * my_width;
-          std::memcpy(send,
-                      buffers_.out.as<float>() + (row / kTokenBlock * members + m) * kTokenBlock * my_width,
-                      static_cast<size_t>(count * kFloat));
-          send += count;
-        }
-        send_bytes[m] = (theirs.end - theirs.begin) * my_width * kFloat;
+        send_bytes[m] = (theirs.end - theirs.begin) * my_row;
         recv_bytes[m] = static_cast<int64_t>(rounds_[m][round].q.size()) * RowBytes(rows);
+        const char* from = Piece<char>(layout_.out) + (block * members + m) * block_bytes;
+        LF_RETURN_IF_ERROR(CopyBlocks(kernels_, send, block_bytes, from, members * block_bytes, block_bytes,
+                                      send_bytes[m], stream_));
+        send += send_bytes[m];
       }
-      LF_RETURN_IF_ERROR(
-          head_group_.AllToAll(buffers_.send.data(), send_bytes, buffers_.recv.data(), recv_bytes, stream_));
-      LF_RETURN_IF_ERROR(stream_.Sync());
-      const float* received = buffers_.recv.as<float>();
+      LF_RETURN_IF_ERROR(head_group_.AllToAll(Piece<void>(layout_.send), send_bytes,
+                                              Piece<void>(layout_.recv), recv_bytes, stream_));
+      const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
-        for (int64_t row = rows.begin; row < rows.end; ++row) {
-          for (const int32_t head : rounds_[m][round].q) {
-            std::memcpy(params_.out + (row * geometry_.num_q_heads + head) * width_, received,
-                        static_cast<size_t>(width_ * kFloat));
-            received += width_;
-          }
-        }
+        LF_RETURN_IF_ERROR(PlaceColumns(received, rounds_[m][round].q, rows));
+        received += recv_bytes[m];
       }
     }
     return absl::OkStatus();
   }
 
-  // All-gather of the sequence group: from[num_heads][rows of the group] to to[num_heads][tokens of the
-  // prompt].
-  absl::Status GatherSequence(HeadsView<const float> from, int64_t num_heads, HeadsView<float> to) {
+  // [rows][heads][head_dim] to the columns of these heads in the output; neighbouring heads go together.
+  absl::Status PlaceColumns(const char* from, std::span<const int32_t> heads, const TokenRange& rows) {
+    const int64_t out_row = RowBytes(geometry_.num_q_heads);
+    size_t next = 0;
+    while (next < heads.size() && rows.begin < rows.end) {
+      size_t end = next + 1;
+      while (end < heads.size() && heads[end] == heads[end - 1] + 1) ++end;
+      LF_RETURN_IF_ERROR(kernels_.Copy2D(
+          {.to = static_cast<char*>(params_.out) + rows.begin * out_row + RowBytes(heads[next]),
+           .to_pitch = out_row,
+           .from = from + RowBytes(static_cast<int64_t>(next)),
+           .from_pitch = RowBytes(static_cast<int64_t>(heads.size())),
+           .row_bytes = RowBytes(static_cast<int64_t>(end - next)),
+           .rows = rows.end - rows.begin},
+          stream_));
+      next = end;
+    }
+    return absl::OkStatus();
+  }
+
+  // All-gather of the sequence group: *view, [num_heads][rows of the group], to [num_heads][tokens of the
+  // prompt] at `to`, which *view becomes.
+  absl::Status GatherSequence(int64_t num_heads, HeadsView<void> to, HeadsView<const void>* view) {
     const int members = sequence_group_.size();
+    std::vector<int32_t> heads(num_heads);
+    for (int64_t head = 0; head < num_heads; ++head) heads[head] = static_cast<int32_t>(head);
     std::vector<int64_t> counts_bytes(members);
     for (int64_t block = 0; block < BlocksOf(plan_.GroupNumTokens(0)); block += layout_.key_slice) {
-      float* send = buffers_.send.as<float>();
       const TokenRange rows = Slice(group_rows_, block, layout_.key_slice);
-      for (int64_t head = 0; head < num_heads; ++head) send = CopyRows(from, head, rows, send);
+      LF_RETURN_IF_ERROR(
+          PackHeads(kernels_, *view, heads, rows, width_, Piece<char>(layout_.send), stream_).status());
       for (int m = 0; m < members; ++m) {
         counts_bytes[m] = num_heads * RowBytes(Slice(plan_.GroupNumTokens(m), block, layout_.key_slice));
       }
-      LF_RETURN_IF_ERROR(
-          sequence_group_.AllGather(buffers_.send.data(), buffers_.recv.data(), counts_bytes, stream_));
-      LF_RETURN_IF_ERROR(stream_.Sync());
-      const float* received = buffers_.recv.as<float>();
+      LF_RETURN_IF_ERROR(sequence_group_.AllGather(Piece<void>(layout_.send), Piece<void>(layout_.recv),
+                                                   counts_bytes, stream_));
+      const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(plan_.GroupNumTokens(m), block, layout_.key_slice);
-        received = Interleave(received, num_heads, theirs, members, m, to);
+        LF_ASSIGN_OR_RETURN(received, Interleave(received, num_heads, theirs, members, m, to));
       }
     }
+    *view = to;
     return absl::OkStatus();
+  }
+
+  // [num_heads][rows] of one member, whose block b is block b * members + member of the destination;
+  // rows.begin is a multiple of the token block. Returns the byte behind what was read.
+  absl::StatusOr<const char*> Interleave(const char* from, int64_t num_heads, const TokenRange& rows,
+                                         int members, int member, HeadsView<void> to) {
+    const int64_t bytes = RowBytes(rows);
+    const int64_t block_bytes = RowBytes(kTokenBlock);
+    const int64_t to_row = (rows.begin / kTokenBlock * members + member) * kTokenBlock;
+    for (int64_t head = 0; head < num_heads && bytes > 0; ++head, from += bytes) {
+      void* place = Advance(to.data, head * to.head_stride + to_row * width_, kernels_.compute_dtype());
+      LF_RETURN_IF_ERROR(
+          CopyBlocks(kernels_, place, members * block_bytes, from, block_bytes, block_bytes, bytes, stream_));
+    }
+    return from;
   }
 
   // Rows of the blocks [block, block + count) of a buffer with so many rows.
@@ -381,70 +375,54 @@ class AttentionRun {
     return {std::min(rows, block * kTokenBlock), std::min(rows, (block + count) * kTokenBlock)};
   }
 
-  int64_t RowBytes(const TokenRange& rows) const { return (rows.end - rows.begin) * width_ * kFloat; }
+  // Bytes of so many rows of head_dim.
+  int64_t RowBytes(int64_t rows) const { return rows * width_ * element_; }
+  int64_t RowBytes(const TokenRange& rows) const { return RowBytes(rows.end - rows.begin); }
 
   int64_t MemberRows(int member) const {
     return plan_.NumTokens(plan_.SequenceIndex(rank_) * plan_.mesh().head + member);
   }
 
-  float* CopyRows(HeadsView<const float> from, int64_t head, const TokenRange& rows, float* to) const {
-    if (rows.begin == rows.end) return to;  // a rank without tokens may have no buffer to copy from
-    const float* base = from.data + head * from.head_stride;
-    if (from.row_stride == width_) {
-      std::memcpy(to, base + rows.begin * width_, static_cast<size_t>(RowBytes(rows)));
-      return to + (rows.end - rows.begin) * width_;
-    }
-    for (int64_t row = rows.begin; row < rows.end; ++row, to += width_) {
-      std::memcpy(to, base + row * from.row_stride, static_cast<size_t>(width_ * kFloat));
-    }
-    return to;
+  template <typename T>
+  T* Piece(int64_t offset) const {
+    return PieceAt<T>(memory_.data(), offset);
   }
 
-  // [num_heads][rows] of one member, whose block b is block b * members + member of the destination.
-  const float* Interleave(const float* from, int64_t num_heads, const TokenRange& rows, int members,
-                          int member, HeadsView<float> to) const {
-    for (int64_t head = 0; head < num_heads; ++head) {
-      for (int64_t row = rows.begin; row < rows.end; row += kTokenBlock) {
-        const int64_t count = std::min(kTokenBlock, rows.end - row) * width_;
-        const int64_t to_row = (row / kTokenBlock * members + member) * kTokenBlock;
-        std::memcpy(to.data + head * to.head_stride + to_row * width_, from,
-                    static_cast<size_t>(count * kFloat));
-        from += count;
-      }
-    }
-    return from;
-  }
-
-  // The view from its head heads[0] on.
-  static HeadsView<const float> FromHead(HeadsView<const float> view, const std::vector<int32_t>& heads) {
-    if (!heads.empty()) view.data += heads.front() * view.head_stride;
+  // The view from one of its heads on.
+  template <typename T>
+  HeadsView<T> AtHead(HeadsView<T> view, size_t head) const {
+    view.data = Advance(view.data, static_cast<int64_t>(head) * view.head_stride, kernels_.compute_dtype());
     return view;
   }
-  HeadsView<float> Dense(const Buffer& buffer, int64_t rows) const {
-    return {buffer.as<float>(), rows * width_, width_};
+  HeadsView<const void> FromHead(HeadsView<const void> view, const std::vector<int32_t>& heads) const {
+    return heads.empty() ? view : AtHead(view, static_cast<size_t>(heads.front()));
   }
-  static HeadsView<const float> Const(HeadsView<float> view) {
-    return {view.data, view.head_stride, view.row_stride};
+  HeadsView<void> Dense(int64_t offset, int64_t rows) const {
+    return {Piece<void>(offset), rows * width_, width_};
   }
 
+  ParallelAttention& owner_;
   KernelSet& kernels_;
+  Stream& stream_;
   Communicator& head_group_;
   Communicator& sequence_group_;
   const AttentionGeometry& geometry_;
   const ShardPlan& plan_;
   const int rank_;
   const ParallelAttentionParams& params_;
-  Stream& stream_;
-  const Layout layout_;
-  const int64_t width_;
+  const AttentionLayout layout_;
+  const int64_t width_;    // head_dim
+  const int64_t element_;  // bytes
   const int64_t local_rows_;
   const int64_t group_rows_;
-  Buffers buffers_;
+  Buffer memory_;
   std::vector<std::vector<RoundHeads>> rounds_;  // [member of the head group][round]
   size_t num_rounds_ = 0;
+  size_t num_launches_ = 0;
   bool stopped_ = false;
-  ParallelAttentionStats stats_;
 };
+
+namespace {
 
 absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& params, const Mesh& mesh,
                          const AttentionGeometry& geometry, int rank) {
@@ -468,39 +446,36 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ParallelAttention>> ParallelAttention::Create(
-    KernelSet& kernels, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry) {
+    Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry) {
   LF_RETURN_IF_ERROR(Validate(geometry));
   if (mesh.sequence < 1 || mesh.head < 1 || mesh.size() != world.size()) {
     return absl::InvalidArgumentError(
         absl::StrCat("mesh ", ToString(mesh), " needs ", mesh.size(), " ranks, there are ", world.size()));
   }
-  if (kernels.device() != DeviceKind::kCpu) {
-    return absl::UnimplementedError(
-        absl::StrCat("attention: exchanges are packed on the host, not for ",
-                     absl::string_view(kernels.name().data(), kernels.name().size())));
-  }
-  std::unique_ptr<ParallelAttention> attention(new ParallelAttention(kernels, world, mesh, geometry));
+  std::unique_ptr<ParallelAttention> attention(new ParallelAttention(backend, world, mesh, geometry));
   const ShardPlan plan(mesh, 0);
   const int s = plan.SequenceIndex(world.rank());
   const int h = plan.HeadIndex(world.rank());
   LF_ASSIGN_OR_RETURN(attention->head_group_, world.Split(s, h));
   LF_ASSIGN_OR_RETURN(attention->sequence_group_, world.Split(h, s));
+  for (std::unique_ptr<Event>& event : attention->launch_ended_) {
+    LF_ASSIGN_OR_RETURN(event, backend.NewEvent());
+  }
   return attention;
 }
 
 int64_t ParallelAttention::PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
                                      const ShardPlan& plan) {
-  return Layout(kernels, geometry, plan).TotalBytes();
+  return AttentionLayout(kernels, geometry, plan).total_bytes;
 }
 
 absl::StatusOr<ParallelAttentionStats> ParallelAttention::Run(const ShardPlan& plan,
-                                                              const ParallelAttentionParams& params,
-                                                              Stream& stream) {
-  const int rank = world_.rank();
-  absl::Status ready = CheckParams(plan, params, mesh_, geometry_, rank);
-  AttentionRun run(kernels_, *head_group_, *sequence_group_, geometry_, plan, rank, params, stream);
+                                                              const ParallelAttentionParams& params) {
+  absl::Status ready = CheckParams(plan, params, mesh_, geometry_, world_.rank());
+  AttentionRun run(*this, plan, params);
   if (ready.ok()) ready = run.Allocate();
-  LF_RETURN_IF_ERROR(AgreeOnStatus(world_, ready, stream));
+  CpuStream host;
+  LF_RETURN_IF_ERROR(AgreeOnStatus(world_, ready, host));
   if (plan.num_tokens() == 0) return ParallelAttentionStats{};
   absl::StatusOr<ParallelAttentionStats> stats = run.Execute();
   if (!stats.ok() && !absl::IsCancelled(stats.status())) internal::AbortGroup(world_, stats.status());

@@ -1,11 +1,12 @@
 #include "parallel/sparse_index_builder.h"
 
-#include <chrono>
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "parallel/block_selector.h"
 #include "parallel/communicator_internal.h"
+#include "parallel/selection_context.h"
 #include "parallel/vertical_slash_selector.h"
 
 namespace longfill {
@@ -13,120 +14,131 @@ namespace {
 
 constexpr int64_t kMaxScoredTokens = int64_t{1} << 23;  // fixed-point row sums (kernels/api/kernel_set.h)
 
-// Pair counts cost far more than the index itself: each head is counted by one rank.
-absl::StatusOr<std::vector<PairCounts>> CountPairsOverRanks(Communicator& world,
-                                                            std::span<const SparseIndex> heads,
-                                                            int64_t num_tokens, Stream& stream) {
-  std::vector<int64_t> counts(2 * heads.size());
-  for (size_t h = 0; h < heads.size(); ++h) {
-    if (static_cast<int>(h % world.size()) != world.rank()) continue;
-    const PairCounts pairs = CountPairs(heads[h], num_tokens);
-    counts[2 * h] = pairs.published;
-    counts[2 * h + 1] = pairs.covered;
-  }
-  LF_RETURN_IF_ERROR(world.AllReduce(counts.data(), static_cast<int64_t>(counts.size()), ReduceType::kInt64,
-                                     ReduceOp::kSum, stream));
-  std::vector<PairCounts> pairs(heads.size());
-  for (size_t h = 0; h < heads.size(); ++h) pairs[h] = {counts[2 * h], counts[2 * h + 1]};
-  return pairs;
-}
+// The selectors of one layer. They work one after the other, so their scratch is the same memory.
+struct Selectors {
+  Selectors(const KernelSet& kernels, const ShardPlan& plan, const AttentionGeometry& geometry,
+            std::span<const HeadPattern> patterns)
+      : lines(kernels, plan, geometry, SelectionScope::LastQueriesOf(plan.num_tokens()), patterns),
+        blocks(kernels, plan, geometry, patterns) {}
 
-SparseIndex Lower(const HeadPattern& pattern, Coverage coverage, VerticalSlashSelection vertical_slash,
-                  BlockListIndex blocks) {
-  struct Visitor {
-    Coverage coverage;
-    VerticalSlashSelection& vertical_slash;
-    BlockListIndex& blocks;
-    SparseIndex operator()(const Dense&) const { return MakeDenseIndex(); }
-    SparseIndex operator()(const AShape& a_shape) const { return MakeAShapeIndex(a_shape); }
-    SparseIndex operator()(const VerticalSlash&) const {
-      if (vertical_slash.distances.empty()) return DiagonalColumnIndex{};  // of an empty prompt
-      return MakeVerticalSlashIndex(std::move(vertical_slash.columns), std::move(vertical_slash.distances),
-                                    coverage);
-    }
-    SparseIndex operator()(const BlockSparse&) const {
-      if (blocks.row_offsets.empty()) blocks.row_offsets = {0};  // of an empty prompt
-      return std::move(blocks);
-    }
-  };
-  return std::visit(Visitor{coverage, vertical_slash, blocks}, pattern);
-}
+  int64_t ScratchBytes(int rank) const {
+    return std::max(lines.ScratchBytes(rank), blocks.ScratchBytes(rank));
+  }
+
+  VerticalSlashSelector lines;
+  BlockSelector blocks;
+};
 
 }  // namespace
 
-absl::StatusOr<SparseIndexBuilder> SparseIndexBuilder::Create(KernelSet& kernels, Communicator& world,
+SparseIndexBuilder::SparseIndexBuilder(Backend& backend, Communicator& world,
+                                       const AttentionGeometry& geometry, Coverage coverage)
+    : backend_(&backend),
+      world_(&world),
+      geometry_(geometry),
+      coverage_(coverage),
+      report_(geometry.num_q_heads),
+      timer_(backend) {}
+
+absl::StatusOr<SparseIndexBuilder> SparseIndexBuilder::Create(Backend& backend, Communicator& world,
                                                               const AttentionGeometry& geometry,
                                                               Coverage coverage) {
   LF_RETURN_IF_ERROR(Validate(geometry));
-  if (kernels.device() != DeviceKind::kCpu) {
-    return absl::UnimplementedError(
-        absl::StrCat("sparse index: selection keys are composed on the host, not for ",
-                     absl::string_view(kernels.name().data(), kernels.name().size())));
-  }
-  return SparseIndexBuilder(kernels, world, geometry, coverage);
+  return SparseIndexBuilder(backend, world, geometry, coverage);
 }
 
-int64_t SparseIndexBuilder::PlanBytes(KernelSet& kernels, const AttentionGeometry& geometry,
+int64_t SparseIndexBuilder::IndexBytes(const ShardPlan& plan, std::span<const HeadPattern> patterns) {
+  return IndexStorage::Bytes(plan.num_tokens(), patterns);
+}
+
+int64_t SparseIndexBuilder::PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
                                       const ShardPlan& plan, std::span<const HeadPattern> patterns) {
-  const auto scope = SelectionScope::LastQueriesOf(plan.num_tokens());
-  const std::unique_ptr<Communicator> rank_0 =
-      CreateSingleCommunicator();  // holds the most tokens of every plan
-  return VerticalSlashSelector(kernels, *rank_0, plan, geometry, scope, patterns).PlanBytes() +
-         BlockSelector(kernels, *rank_0, plan, geometry, Coverage::kTiles, patterns).PlanBytes();
+  return IndexBytes(plan, patterns) + Selectors(kernels, plan, geometry, patterns).ScratchBytes(0);
 }
 
-absl::StatusOr<LayerIndex> SparseIndexBuilder::Build(const ShardPlan& plan, HeadsView<const float> q,
-                                                     HeadsView<const float> k,
-                                                     std::span<const HeadPattern> patterns, Stream& stream) {
-  const auto start = std::chrono::steady_clock::now();
-  const double communication_before = world_->seconds();
-  const auto scope = SelectionScope::LastQueriesOf(plan.num_tokens());
-  const auto check = [&]() -> absl::Status {
-    if (plan.mesh().size() != world_->size()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("sparse index: mesh ", ToString(plan.mesh()), " for ", world_->size(), " ranks"));
+absl::Status SparseIndexBuilder::Check(const ShardPlan& plan, std::span<const HeadPattern> patterns) const {
+  if (plan.mesh().size() != world_->size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sparse index: mesh ", ToString(plan.mesh()), " for ", world_->size(), " ranks"));
+  }
+  if (patterns.size() != static_cast<size_t>(geometry_.num_q_heads)) {
+    return absl::InvalidArgumentError(absl::StrCat("sparse index: ", patterns.size(), " patterns for ",
+                                                   geometry_.num_q_heads, " query heads"));
+  }
+  for (const HeadPattern& pattern : patterns) {
+    LF_RETURN_IF_ERROR(Validate(pattern));
+    if (plan.num_tokens() > kMaxScoredTokens && std::holds_alternative<VerticalSlash>(pattern)) {
+      return absl::InvalidArgumentError(absl::StrCat("sparse index: ", plan.num_tokens(),
+                                                     " tokens; vertical-slash scores are exact up to ",
+                                                     kMaxScoredTokens));
     }
-    if (patterns.size() != static_cast<size_t>(geometry_.num_q_heads)) {
-      return absl::InvalidArgumentError(absl::StrCat("sparse index: ", patterns.size(), " patterns for ",
-                                                     geometry_.num_q_heads, " query heads"));
-    }
-    for (const HeadPattern& pattern : patterns) {
-      LF_RETURN_IF_ERROR(Validate(pattern));
-      if (plan.num_tokens() > kMaxScoredTokens && std::holds_alternative<VerticalSlash>(pattern)) {
-        return absl::InvalidArgumentError(absl::StrCat("sparse index: ", plan.num_tokens(),
-                                                       " tokens; vertical-slash scores are exact up to ",
-                                                       kMaxScoredTokens));
-      }
-    }
-    return absl::OkStatus();
-  };
-  VerticalSlashSelector vertical_slash(*kernels_, *world_, plan, geometry_, scope, patterns);
-  BlockSelector blocks(*kernels_, *world_, plan, geometry_, coverage_, patterns);
-  absl::Status ready = check();
-  if (ready.ok()) ready = vertical_slash.Allocate();
-  if (ready.ok()) ready = blocks.Allocate();
-  LF_RETURN_IF_ERROR(AgreeOnStatus(*world_, ready, stream));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<LayerIndex> SparseIndexBuilder::Build(const ShardPlan& plan, HeadsView<const void> q,
+                                                     HeadsView<const void> k,
+                                                     std::span<const HeadPattern> patterns) {
+  absl::Status ready = Check(plan, patterns);
+  // Of patterns that did not pass only their number is looked at.
+  const std::span<const HeadPattern> checked = ready.ok() ? patterns : std::span<const HeadPattern>();
+  const Selectors selectors(backend_->kernels(), plan, geometry_, checked);
+  Buffer scratch;
+  if (ready.ok()) ready = storage_.Allocate(*backend_, plan.num_tokens(), coverage_, patterns);
+  if (ready.ok()) {
+    absl::StatusOr<Buffer> taken =
+        backend_->memory().Allocate(selectors.ScratchBytes(world_->rank()), "scratch of the sparse index");
+    ready = taken.status();
+    if (taken.ok()) scratch = *std::move(taken);
+  }
+  CpuStream host;
+  LF_RETURN_IF_ERROR(AgreeOnStatus(*world_, ready, host));
 
   const auto select = [&]() -> absl::StatusOr<LayerIndex> {
-    LayerIndex layer;
-    LF_ASSIGN_OR_RETURN(auto selections, vertical_slash.Select(q, k, stream));
-    LF_ASSIGN_OR_RETURN(auto lists, blocks.Select(q, k, stream));
-    for (size_t h = 0; h < patterns.size(); ++h) {
-      layer.heads.push_back(Lower(patterns[h], coverage_, std::move(selections[h]), std::move(lists[h])));
-      LF_RETURN_IF_ERROR(
-          Annotate(ValidateIndex(layer.heads.back(), plan.num_tokens()), absl::StrCat("head ", h)));
-    }
-    LF_ASSIGN_OR_RETURN(layer.pairs, CountPairsOverRanks(*world_, layer.heads, plan.num_tokens(), stream));
+    Stream& stream = backend_->stream();
+    const double communication_before = world_->seconds();
+    timer_.Reset();
+    LF_RETURN_IF_ERROR(timer_.Begin(stream));
+    LF_RETURN_IF_ERROR(storage_.ZeroReport(*backend_));
+    const SelectionContext context{*backend_, *world_, coverage_, scratch.data(), storage_, report_};
+    LF_RETURN_IF_ERROR(selectors.lines.Select(context, q, k));
+    LF_RETURN_IF_ERROR(selectors.blocks.Select(context, q, k));
+    if (world_->size() > 1) LF_RETURN_IF_ERROR(JoinPairCounts());
+    LF_RETURN_IF_ERROR(timer_.End(stream));
+    LF_RETURN_IF_ERROR(report_.Fetch(*backend_, storage_));
+    LF_RETURN_IF_ERROR(selectors.lines.Check(report_));
+    LayerIndex layer{.heads = storage_.views(), .pairs = PairsOf(patterns, plan.num_tokens())};
+    LF_ASSIGN_OR_RETURN(layer.seconds, timer_.Seconds());
+    layer.communication_seconds = world_->seconds() - communication_before;
     return layer;
   };
   absl::StatusOr<LayerIndex> layer = select();
-  if (!layer.ok()) {
-    internal::AbortGroup(*world_, layer.status());
-    return layer;
-  }
-  layer->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  layer->communication_seconds = world_->seconds() - communication_before;
+  if (!layer.ok()) internal::AbortGroup(*world_, layer.status());
   return layer;
+}
+
+// Each head was counted by one rank.
+absl::Status SparseIndexBuilder::JoinPairCounts() {
+  const int64_t numbers =
+      2 * geometry_.num_q_heads * static_cast<int64_t>(sizeof(PairCounts) / sizeof(int64_t));
+  return world_->AllReduce(storage_.covered(), numbers, ReduceType::kInt64, ReduceOp::kSum,
+                           backend_->stream());
+}
+
+std::vector<PairCounts> SparseIndexBuilder::PairsOf(std::span<const HeadPattern> patterns,
+                                                    int64_t num_tokens) const {
+  std::vector<PairCounts> pairs;
+  for (size_t h = 0; h < patterns.size() && num_tokens > 0; ++h) {
+    if (std::holds_alternative<VerticalSlash>(patterns[h])) {
+      pairs.push_back(report_.covered(h));
+    } else if (std::holds_alternative<BlockSparse>(patterns[h])) {
+      pairs.push_back({.published = report_.published(h).covered, .covered = report_.covered(h).covered});
+    } else {
+      pairs.push_back(storage_.static_pairs(h));
+    }
+  }
+  pairs.resize(patterns.size());  // an empty prompt has none
+  return pairs;
 }
 
 }  // namespace longfill

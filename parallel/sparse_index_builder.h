@@ -8,54 +8,62 @@
 #include <span>
 #include <vector>
 
-#include "kernels/api/kernel_set.h"
-#include "kernels/sparse/coverage.h"
+#include "kernels/api/backend.h"
 #include "kernels/sparse/head_pattern.h"
-#include "kernels/sparse/sparse_index.h"
+#include "kernels/sparse/index_view.h"
 #include "parallel/attention_geometry.h"
 #include "parallel/communicator.h"
+#include "parallel/index_storage.h"
 #include "parallel/mesh.h"
+#include "parallel/stream_timer.h"
 
 namespace longfill {
 
 // The selection of one layer, equal on all ranks.
 struct LayerIndex {
-  std::vector<SparseIndex> heads;  // [num_q_heads]
-  std::vector<PairCounts> pairs;   // [num_q_heads], of the whole prompt
-  double seconds = 0;              // wall time of Build here, communication and waiting included
-  double communication_seconds = 0;
+  // [num_q_heads], in the backend's memory, which the builder owns: valid until its next Build or its end.
+  std::vector<IndexView> heads;
+  std::vector<PairCounts> pairs;     // [num_q_heads], of the whole prompt
+  double seconds = 0;                // on the device, from the agreement on arguments to the end
+  double communication_seconds = 0;  // of these inside calls of the communicator
 };
 
 class SparseIndexBuilder {
  public:
-  // `kernels` and `world` outlive the result. No communication. Unimplemented for kernels that are not on the
-  // CPU.
-  static absl::StatusOr<SparseIndexBuilder> Create(KernelSet& kernels, Communicator& world,
+  // `backend` and `world`, whose calls take memory of the backend, outlive the result. No communication.
+  static absl::StatusOr<SparseIndexBuilder> Create(Backend& backend, Communicator& world,
                                                    const AttentionGeometry& geometry, Coverage coverage);
 
   // Every rank calls this with an equal plan and equal patterns ([num_q_heads]); plan.mesh().size() ==
-  // world.size(). q [num_q_heads, plan.NumTokens(rank), head_dim] and k [num_kv_heads, ...] after RoPE, rows
-  // in the order of plan.TokenPositions(rank). Selects from the prompt's last min(64, num_tokens) queries
-  // where the pattern does so. Bad arguments and missing memory are agreed on before the first exchange and
-  // leave the group usable; a later error aborts the group. Patterns that select nothing (dense, A-shape)
-  // cost no communication but for the pair counts.
-  absl::StatusOr<LayerIndex> Build(const ShardPlan& plan, HeadsView<const float> q, HeadsView<const float> k,
-                                   std::span<const HeadPattern> patterns, Stream& stream);
+  // world.size(). q [num_q_heads, plan.NumTokens(rank), head_dim] and k [num_kv_heads, ...] after RoPE, of
+  // the backend's compute dtype, rows in the order of plan.TokenPositions(rank). Selects from the prompt's
+  // last min(64, num_tokens) queries where the pattern does so. Works on the backend's main stream and waits
+  // for it at the end. Bad arguments and missing memory are agreed on before the first exchange and leave the
+  // group usable; a later error aborts the group. Patterns that select nothing (dense, A-shape) cost no
+  // communication but the agreement.
+  absl::StatusOr<LayerIndex> Build(const ShardPlan& plan, HeadsView<const void> q, HeadsView<const void> k,
+                                   std::span<const HeadPattern> patterns);
 
-  // Bytes that Build takes from kernels.memory() at most, on the rank that needs most, without the scratch
-  // that SelectBlocks may take itself. Allocates nothing.
-  static int64_t PlanBytes(KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
+  // Bytes of the backend's memory that Build takes for such a layer at most, on the rank that needs most, and
+  // those of them that stay, for the index. Both grow with the budgets of the patterns. Allocate nothing.
+  static int64_t PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
                            std::span<const HeadPattern> patterns);
+  static int64_t IndexBytes(const ShardPlan& plan, std::span<const HeadPattern> patterns);
 
  private:
-  SparseIndexBuilder(KernelSet& kernels, Communicator& world, const AttentionGeometry& geometry,
-                     Coverage coverage)
-      : kernels_(&kernels), world_(&world), geometry_(geometry), coverage_(coverage) {}
+  SparseIndexBuilder(Backend& backend, Communicator& world, const AttentionGeometry& geometry,
+                     Coverage coverage);
+  absl::Status Check(const ShardPlan& plan, std::span<const HeadPattern> patterns) const;
+  absl::Status JoinPairCounts();
+  std::vector<PairCounts> PairsOf(std::span<const HeadPattern> patterns, int64_t num_tokens) const;
 
-  KernelSet* kernels_;
+  Backend* backend_;
   Communicator* world_;
   AttentionGeometry geometry_;
   Coverage coverage_;
+  IndexStorage storage_;
+  IndexReport report_;
+  StreamTimer timer_;
 };
 
 }  // namespace longfill

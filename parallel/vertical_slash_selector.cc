@@ -1,232 +1,411 @@
 #include "parallel/vertical_slash_selector.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
-#include "parallel/distributed_selection.h"
+#include "parallel/packing.h"
+#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {
 
-constexpr int64_t kMinVertical = 30;
-constexpr int64_t kMinSlash = 50;
 constexpr int64_t kForcedKeys = 30;
 constexpr int64_t kForcedDistances = 100;
-constexpr int64_t kOverlap = kMaxSelectingQueries - 1;
-constexpr int64_t kScoreBytesAtOnce = int64_t{64}
-                                      << 20;  // scores and keys of the heads that are ranked together
+// Scores of the heads that are ranked together: what stays in a cache on the CPU, all heads of a layer on a
+// GPU.
+constexpr int64_t kCpuScoreBytes = int64_t{64} << 20;
+constexpr int64_t kDeviceScoreBytes = int64_t{1} << 30;
 constexpr int64_t kFloat = sizeof(float);
+constexpr int64_t kWord = sizeof(uint64_t);
 
 static_assert(kSelectionBlock == kTokenBlock, "each key block of the deal is one window");
 
 int64_t BlocksOf(int64_t tokens) { return (tokens + kSelectionBlock - 1) / kSelectionBlock; }
+int64_t ScoreStride(int64_t local_tokens) { return (local_tokens + 63) / 64 * 64; }
 
-// Scores, overlap and keys of one head.
-int64_t BytesPerHead(int64_t local_tokens) {
-  return local_tokens * (kFloat + 2 * static_cast<int64_t>(sizeof(uint64_t))) +
-         BlocksOf(local_tokens) * (kDiagonalWindow + 2 * kOverlap) * kFloat;
+// Scores, windows and overlaps of one head. Not the workspaces, which differ between ranks with the machine.
+int64_t ScoreBytesPerHead(int64_t local_tokens, bool several_ranks) {
+  return (2 * ScoreStride(local_tokens) +
+          BlocksOf(local_tokens) * (kDiagonalWindow + (several_ranks ? 3 * kDiagonalOverlap : 0))) *
+         kFloat;
+}
+
+// Rows of a rank that hold selecting queries.
+TokenRange SelectingRows(const ShardPlan& plan, const SelectionScope& scope, int rank) {
+  const PositionMap positions = plan.TokenPositions(rank);
+  return {positions.RowsBelow(scope.first_query), positions.RowsBelow(scope.num_keys())};
 }
 
 }  // namespace
 
-VerticalSlashSelector::VerticalSlashSelector(KernelSet& kernels, Communicator& world, const ShardPlan& plan,
+VerticalSlashSelector::VerticalSlashSelector(const KernelSet& kernels, const ShardPlan& plan,
                                              const AttentionGeometry& geometry, const SelectionScope& scope,
                                              std::span<const HeadPattern> patterns)
-    : kernels_(kernels), world_(world), plan_(plan), geometry_(geometry), scope_(scope), patterns_(patterns) {
+    : kernels_(kernels), plan_(plan), geometry_(geometry), scope_(scope) {
+  if (scope.num_keys() == 0) return;
   for (size_t h = 0; h < patterns.size(); ++h) {
-    if (std::holds_alternative<VerticalSlash>(patterns[h])) heads_.push_back(static_cast<int32_t>(h));
+    const auto* lines = std::get_if<VerticalSlash>(&patterns[h]);
+    if (lines == nullptr) continue;
+    heads_.push_back(static_cast<int32_t>(h));
+    budgets_.emplace_back(*lines, scope.num_keys());
   }
-  const int64_t most_tokens = plan.NumTokens(0);  // rank 0 has slot 0
-  heads_at_once_ = std::clamp<int64_t>(kScoreBytesAtOnce / std::max<int64_t>(1, BytesPerHead(most_tokens)), 1,
-                                       std::max<int64_t>(1, static_cast<int64_t>(heads_.size())));
-  const int rank = world.rank();
-  local_tokens_ = plan.NumTokens(rank);
-  local_blocks_ = BlocksOf(local_tokens_);
-  const bool has_first = plan.Slot(rank) == 0 && local_blocks_ > 0;
-  const bool has_last = plan.num_tokens() > 0 && plan.RankOfToken(plan.num_tokens() - 1) == rank;
-  blocks_with_previous_ = local_blocks_ - (has_first ? 1 : 0);
-  blocks_with_next_ = local_blocks_ - (has_last ? 1 : 0);
+  const int64_t budget = kernels.device() == DeviceKind::kCpu ? kCpuScoreBytes : kDeviceScoreBytes;
+  const int64_t per_head = ScoreBytesPerHead(plan.NumTokens(0), plan.mesh().size() > 1);
+  heads_at_once_ =
+      std::clamp<int64_t>(budget / per_head, 1, std::max<int64_t>(1, static_cast<int64_t>(heads_.size())));
 }
 
-VerticalSlashSelector::Sizes VerticalSlashSelector::BytesFor(int64_t local_tokens) const {
-  if (heads_.empty()) return {};
-  Sizes sizes;
-  sizes.queries = geometry_.num_q_heads * scope_.num_queries * geometry_.head_dim * kFloat;
-  sizes.vertical = heads_at_once_ * local_tokens * kFloat;
-  sizes.slash = heads_at_once_ * BlocksOf(local_tokens) * kDiagonalWindow * kFloat;
-  sizes.overlap = heads_at_once_ * BlocksOf(local_tokens) * kOverlap * kFloat;
-  sizes.keys = 2 * heads_at_once_ * local_tokens * static_cast<int64_t>(sizeof(uint64_t));
-  sizes.kernel = kernels_.LastQueryWorkspaceBytes(geometry_.head_dim);
-  sizes.selection = DistributedSelectionBytes(2 * heads_at_once_);
-  return sizes;
+int64_t VerticalSlashSelector::WordsPerList() const { return (scope_.num_keys() + 63) / 64; }
+
+VerticalSlashSelector::Scratch VerticalSlashSelector::ScratchFor(int64_t local_tokens) const {
+  Scratch at;
+  if (heads_.empty()) return at;
+  const bool several_ranks = plan_.mesh().size() > 1;
+  const int64_t lists = 2 * heads_at_once_;
+  const int64_t rows = heads_at_once_ * kMaxSelectingQueries;
+  const int64_t blocks = heads_at_once_ * BlocksOf(local_tokens);
+  PieceLayout pieces;
+  if (several_ranks) {
+    const int64_t query_bytes = geometry_.num_q_heads * scope_.num_queries * geometry_.head_dim *
+                                DTypeBytes(kernels_.compute_dtype());
+    at.query_staging = pieces.Add(query_bytes);
+    at.gathered_queries = pieces.Add(query_bytes);
+    at.queries = pieces.Add(query_bytes);
+    at.overlaps_sent = pieces.Add(blocks * kDiagonalOverlap * kFloat);
+    at.overlaps_received = pieces.Add(blocks * kDiagonalOverlap * kFloat);
+    at.overlaps = pieces.Add(blocks * kDiagonalOverlap * kFloat);
+  }
+  at.row_max = pieces.Add(rows * kFloat);
+  at.row_sum = pieces.Add(rows * kWord);
+  at.scores = pieces.Add(lists * ScoreStride(local_tokens) * kFloat);
+  at.slash = pieces.Add(blocks * kDiagonalWindow * kFloat);
+  at.histogram = pieces.Add(lists * kSelectionBins * kWord);
+  at.bits = pieces.Add(lists * WordsPerList() * kWord);
+  at.workspace_bytes =
+      std::max({kernels_.LastQueryWorkspaceBytes(heads_at_once_, local_tokens, geometry_.head_dim),
+                kernels_.BuildIndexWorkspaceBytes(heads_at_once_, WordsPerList()),
+                kernels_.CountPairsWorkspaceBytes(heads_at_once_, scope_.num_keys())});
+  at.workspace = pieces.Add(at.workspace_bytes);
+  at.total_bytes = pieces.total_bytes();
+  return at;
 }
 
-int64_t VerticalSlashSelector::PlanBytes() const {
-  const Sizes s = BytesFor(plan_.NumTokens(0));
-  // Queries: the result, and the staging of what is sent and received.
-  return 3 * s.queries + s.vertical + s.slash + 2 * s.overlap + s.keys + s.kernel + s.selection;
+int64_t VerticalSlashSelector::ScratchBytes(int rank) const {
+  return ScratchFor(plan_.NumTokens(rank)).total_bytes;
 }
 
-absl::Status VerticalSlashSelector::Allocate() {
-  const Sizes s = BytesFor(local_tokens_);
-  MemoryResource& memory = kernels_.memory();
-  LF_ASSIGN_OR_RETURN(queries_, memory.Allocate(s.queries, "selecting queries"));
-  LF_ASSIGN_OR_RETURN(query_staging_, memory.Allocate(2 * s.queries, "staging of selecting queries"));
-  LF_ASSIGN_OR_RETURN(vertical_, memory.Allocate(s.vertical, "vertical scores"));
-  LF_ASSIGN_OR_RETURN(slash_, memory.Allocate(s.slash, "slash scores"));
-  LF_ASSIGN_OR_RETURN(overlap_out_, memory.Allocate(s.overlap, "slash overlaps to send"));
-  LF_ASSIGN_OR_RETURN(overlap_in_, memory.Allocate(s.overlap, "slash overlaps received"));
-  LF_ASSIGN_OR_RETURN(keys_, memory.Allocate(s.keys, "selection keys"));
-  LF_ASSIGN_OR_RETURN(kernel_workspace_, memory.Allocate(s.kernel, "last-query workspace"));
-  LF_ASSIGN_OR_RETURN(selection_workspace_, memory.Allocate(s.selection, "selection workspace"));
-  return absl::OkStatus();
-}
+// The heads that are ranked together, on one rank.
+class VerticalSlashSelector::Batch {
+ public:
+  Batch(const VerticalSlashSelector& selector, const SelectionContext& context)
+      : selector_(selector),
+        context_(context),
+        kernels_(context.kernels()),
+        stream_(context.stream()),
+        world_(context.world),
+        plan_(selector.plan_),
+        scope_(selector.scope_),
+        several_ranks_(context.world.size() > 1),
+        positions_(plan_.TokenPositions(world_.rank())),
+        local_tokens_(plan_.NumTokens(world_.rank())),
+        local_blocks_(BlocksOf(local_tokens_)),
+        at_(selector.ScratchFor(local_tokens_)) {}
 
-// The selecting queries of all heads, on all ranks; they may lie in two blocks of two ranks.
-absl::Status VerticalSlashSelector::GatherQueries(HeadsView<const float> q, Stream& stream) {
-  const int64_t width = geometry_.head_dim;
-  const auto rows_of = [&](int rank) {
-    const PositionMap positions = plan_.TokenPositions(rank);
-    return TokenRange{positions.RowsBelow(scope_.first_query), positions.RowsBelow(scope_.num_keys())};
-  };
-  const TokenRange mine = rows_of(world_.rank());
-  float* to = query_staging_.as<float>();
-  for (int64_t h = 0; h < geometry_.num_q_heads; ++h) {
-    for (int64_t row = mine.begin; row < mine.end; ++row, to += width) {
-      std::memcpy(to, q.data + h * q.head_stride + row * q.row_stride, static_cast<size_t>(width * kFloat));
+  // The selecting queries of all heads, which all batches share.
+  absl::Status TakeQueries(HeadsView<const void> q) {
+    if (several_ranks_) return GatherQueries(q);
+    queries_ = q;
+    queries_.data = Advance(q.data, scope_.first_query * q.row_stride, kernels_.compute_dtype());
+    return absl::OkStatus();
+  }
+
+  // Heads [begin, begin + count) of the selector's.
+  absl::Status Run(size_t begin, size_t count, HeadsView<const void> k) {
+    begin_ = begin;
+    count_ = static_cast<int64_t>(count);
+    heads_ = std::span(selector_.heads_).subspan(begin, count);
+    cuts_ = context_.storage.cuts() + 2 * begin;
+    LF_RETURN_IF_ERROR(Score(k));
+    if (several_ranks_) LF_RETURN_IF_ERROR(ExchangeOverlaps());
+    LF_RETURN_IF_ERROR(Join());
+    LF_RETURN_IF_ERROR(FindThresholds());
+    LF_RETURN_IF_ERROR(Mark());
+    LF_RETURN_IF_ERROR(BuildIndex());
+    return CountPairs();
+  }
+
+ private:
+  template <typename T>
+  T* Piece(int64_t offset) const {
+    return PieceAt<T>(context_.scratch, offset);
+  }
+  Workspace workspace() const { return {Piece<char>(at_.workspace), at_.workspace_bytes}; }
+
+  // The queries may lie in two blocks of two ranks, so those of one rank are consecutive.
+  absl::Status GatherQueries(HeadsView<const void> q) {
+    const int64_t row_bytes = selector_.geometry_.head_dim * DTypeBytes(kernels_.compute_dtype());
+    const int64_t num_heads = selector_.geometry_.num_q_heads;
+    std::vector<int32_t> all(num_heads);
+    std::iota(all.begin(), all.end(), 0);
+    LF_RETURN_IF_ERROR(PackHeads(kernels_, q, all, SelectingRows(plan_, scope_, world_.rank()),
+                                 selector_.geometry_.head_dim, Piece<char>(at_.query_staging), stream_)
+                           .status());
+    std::vector<int64_t> counts_bytes(world_.size());
+    for (int r = 0; r < world_.size(); ++r) {
+      const TokenRange rows = SelectingRows(plan_, scope_, r);
+      counts_bytes[r] = num_heads * (rows.end - rows.begin) * row_bytes;
     }
-  }
-  std::vector<int64_t> counts_bytes(world_.size());
-  for (int r = 0; r < world_.size(); ++r) {
-    const TokenRange rows = rows_of(r);
-    counts_bytes[r] = geometry_.num_q_heads * (rows.end - rows.begin) * width * kFloat;
-  }
-  float* const gathered = query_staging_.as<float>() + query_staging_.size_bytes() / 2 / kFloat;
-  LF_RETURN_IF_ERROR(world_.AllGather(query_staging_.data(), gathered, counts_bytes, stream));
-  LF_RETURN_IF_ERROR(stream.Sync());
-  const float* from = gathered;
-  for (int r = 0; r < world_.size(); ++r) {
-    const TokenRange rows = rows_of(r);
-    const PositionMap positions = plan_.TokenPositions(r);
-    for (int64_t h = 0; h < geometry_.num_q_heads; ++h) {
-      for (int64_t row = rows.begin; row < rows.end; ++row, from += width) {
-        const int64_t place = h * scope_.num_queries + positions.Position(row) - scope_.first_query;
-        std::memcpy(queries_.as<float>() + place * width, from, static_cast<size_t>(width * kFloat));
-      }
+    LF_RETURN_IF_ERROR(world_.AllGather(Piece<void>(at_.query_staging), Piece<void>(at_.gathered_queries),
+                                        counts_bytes, stream_));
+    const char* from = Piece<char>(at_.gathered_queries);
+    for (int r = 0; r < world_.size(); ++r) {
+      if (counts_bytes[r] == 0) continue;
+      const int64_t first_row = SelectingRows(plan_, scope_, r).begin;
+      const int64_t place = plan_.TokenPositions(r).Position(first_row) - scope_.first_query;
+      const int64_t head_bytes = counts_bytes[r] / num_heads;
+      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = Piece<char>(at_.queries) + place * row_bytes,
+                                          .to_pitch = scope_.num_queries * row_bytes,
+                                          .from = from,
+                                          .from_pitch = head_bytes,
+                                          .row_bytes = head_bytes,
+                                          .rows = num_heads},
+                                         stream_));
+      from += counts_bytes[r];
     }
+    const int64_t width = selector_.geometry_.head_dim;
+    queries_ = {Piece<void>(at_.queries), scope_.num_queries * width, width};
+    return absl::OkStatus();
   }
-  return absl::OkStatus();
-}
 
-absl::Status VerticalSlashSelector::Score(std::span<const int32_t> heads, HeadsView<const float> k,
-                                          Stream& stream) {
-  LastQueryParams params;
-  params.q = {queries_.as<const float>(), scope_.num_queries * geometry_.head_dim, geometry_.head_dim};
-  params.num_queries = scope_.num_queries;
-  params.first_query_position = scope_.first_query;
-  params.k = k;
-  params.num_keys = local_tokens_;
-  params.key_positions = plan_.TokenPositions(world_.rank());
-  params.heads = heads;
-  params.num_q_heads = geometry_.num_q_heads;
-  params.num_kv_heads = geometry_.num_kv_heads;
-  params.head_dim = geometry_.head_dim;
-  params.scale = geometry_.scale;
-  const Workspace workspace{kernel_workspace_.data(), kernel_workspace_.size_bytes()};
-  const int64_t rows = static_cast<int64_t>(heads.size()) * kMaxSelectingQueries;
-  std::vector<float> row_max(rows, -std::numeric_limits<float>::infinity());
-  std::vector<uint64_t> row_sum(rows);
-  LF_RETURN_IF_ERROR(kernels_.LastQueryRowMax(params, row_max.data(), workspace, stream));
-  LF_RETURN_IF_ERROR(world_.AllReduce(row_max.data(), rows, ReduceType::kFloat32, ReduceOp::kMax, stream));
-  LF_RETURN_IF_ERROR(kernels_.LastQueryRowSum(params, row_max.data(), row_sum.data(), workspace, stream));
-  LF_RETURN_IF_ERROR(world_.AllReduce(row_sum.data(), rows, ReduceType::kUInt64, ReduceOp::kSum, stream));
-  const LastQueryScores scores{vertical_.as<float>(), slash_.as<float>()};
-  LF_RETURN_IF_ERROR(
-      kernels_.LastQueryScore(params, row_max.data(), row_sum.data(), scores, workspace, stream));
-  return stream.Sync();
-}
-
-// The last 63 entries of each window are distances of the next key block: they go to its owner, slot + 1.
-absl::Status VerticalSlashSelector::ExchangeOverlaps(int64_t num_heads, Stream& stream) {
-  const int rank = world_.rank();
-  const int size = world_.size();
-  const int slot = plan_.Slot(rank);
-  float* to = overlap_out_.as<float>();
-  for (int64_t i = 0; i < num_heads; ++i) {
-    for (int64_t b = 0; b < blocks_with_next_; ++b, to += kOverlap) {
-      const float* window = slash_.as<float>() + (i * local_blocks_ + b) * kDiagonalWindow;
-      std::memcpy(to, window + kSelectionBlock, static_cast<size_t>(kOverlap * kFloat));
+  absl::Status Score(HeadsView<const void> k) {
+    LastQueryParams params;
+    params.q = queries_;
+    params.num_queries = scope_.num_queries;
+    params.first_query_position = scope_.first_query;
+    params.k = k;
+    params.num_keys = local_tokens_;
+    params.key_positions = positions_;
+    params.heads = heads_;
+    params.num_q_heads = selector_.geometry_.num_q_heads;
+    params.num_kv_heads = selector_.geometry_.num_kv_heads;
+    params.head_dim = selector_.geometry_.head_dim;
+    params.scale = selector_.geometry_.scale;
+    float* const row_max = Piece<float>(at_.row_max);
+    uint64_t* const row_sum = Piece<uint64_t>(at_.row_sum);
+    const int64_t rows = count_ * kMaxSelectingQueries;
+    const bool has_keys = local_tokens_ > 0;
+    LF_RETURN_IF_ERROR(has_keys ? kernels_.LastQueryRowMax(params, row_max, workspace(), stream_)
+                                : WithoutKeys(row_max, row_sum, rows));
+    if (several_ranks_) {
+      LF_RETURN_IF_ERROR(world_.AllReduce(row_max, rows, ReduceType::kFloat32, ReduceOp::kMax, stream_));
     }
-  }
-  const auto rank_of_slot = [&](int s) { return plan_.RankOfToken(kTokenBlock * s); };
-  std::vector<int64_t> send_bytes(size);
-  std::vector<int64_t> recv_bytes(size);
-  send_bytes[rank_of_slot((slot + 1) % size)] = num_heads * blocks_with_next_ * kOverlap * kFloat;
-  recv_bytes[rank_of_slot((slot + size - 1) % size)] = num_heads * blocks_with_previous_ * kOverlap * kFloat;
-  LF_RETURN_IF_ERROR(
-      world_.AllToAll(overlap_out_.data(), send_bytes, overlap_in_.data(), recv_bytes, stream));
-  return stream.Sync();
-}
-
-// Lists 2i (keys) and 2i + 1 (distances) of head i.
-void VerticalSlashSelector::ComposeKeys(int64_t num_heads) {
-  constexpr float kForced = std::numeric_limits<float>::infinity();
-  const PositionMap positions = plan_.TokenPositions(world_.rank());
-  const int64_t first_with_previous = local_blocks_ - blocks_with_previous_;
-  for (int64_t i = 0; i < num_heads; ++i) {
-    const float* vertical = vertical_.as<float>() + i * local_tokens_;
-    uint64_t* vertical_keys = keys_.as<uint64_t>() + 2 * i * local_tokens_;
-    uint64_t* slash_keys = vertical_keys + local_tokens_;
-    for (int64_t b = 0; b < local_blocks_; ++b) {
-      const int64_t row = b * kSelectionBlock;
-      const int64_t key_begin = positions.Position(row);
-      const float* window = slash_.as<float>() + (i * local_blocks_ + b) * kDiagonalWindow;
-      const float* previous =
-          b < first_with_previous
-              ? nullptr
-              : overlap_in_.as<float>() + (i * blocks_with_previous_ + b - first_with_previous) * kOverlap;
-      const int64_t rows = std::min(kSelectionBlock, local_tokens_ - row);
-      for (int64_t e = 0; e < rows; ++e) {
-        const int64_t key = key_begin + e;
-        const int64_t distance = scope_.last_query() - key;
-        const float slash = previous != nullptr && e < kOverlap ? window[e] + previous[e] : window[e];
-        vertical_keys[row + e] = SelectionKey(key < kForcedKeys ? kForced : vertical[row + e], key);
-        slash_keys[row + e] = SelectionKey(distance < kForcedDistances ? kForced : slash, distance);
-      }
+    if (has_keys) {
+      LF_RETURN_IF_ERROR(kernels_.LastQueryRowSum(params, row_max, row_sum, workspace(), stream_));
     }
+    if (several_ranks_) {
+      LF_RETURN_IF_ERROR(world_.AllReduce(row_sum, rows, ReduceType::kUInt64, ReduceOp::kSum, stream_));
+    }
+    if (!has_keys) return absl::OkStatus();
+    const LastQueryScores scores{Piece<float>(at_.scores), 2 * ScoreStride(local_tokens_),
+                                 Piece<float>(at_.slash)};
+    return kernels_.LastQueryScore(params, row_max, row_sum, scores, workspace(), stream_);
   }
-}
 
-absl::StatusOr<std::vector<VerticalSlashSelection>> VerticalSlashSelector::Select(HeadsView<const float> q,
-                                                                                  HeadsView<const float> k,
-                                                                                  Stream& stream) {
-  std::vector<VerticalSlashSelection> result(patterns_.size());
-  if (heads_.empty() || scope_.num_keys() == 0) return result;
-  LF_RETURN_IF_ERROR(GatherQueries(q, stream));
-  for (size_t begin = 0; begin < heads_.size(); begin += static_cast<size_t>(heads_at_once_)) {
-    const size_t count = std::min(heads_.size() - begin, static_cast<size_t>(heads_at_once_));
-    const std::span<const int32_t> heads(heads_.data() + begin, count);
-    LF_RETURN_IF_ERROR(Score(heads, k, stream));
-    LF_RETURN_IF_ERROR(ExchangeOverlaps(static_cast<int64_t>(count), stream));
-    ComposeKeys(static_cast<int64_t>(count));
+  // What a rank without keys adds to the reductions.
+  absl::Status WithoutKeys(float* row_max, uint64_t* row_sum, int64_t rows) {
+    const std::vector<float> lowest(rows, -std::numeric_limits<float>::infinity());
+    LF_RETURN_IF_ERROR(kernels_.CopyIn(row_max, lowest.data(), rows * kFloat, stream_));
+    return kernels_.Zero(row_sum, rows * kWord, stream_);
+  }
+
+  // The last 63 entries of each window are distances of the next key block: they go to its owner, slot + 1.
+  absl::Status ExchangeOverlaps() {
+    constexpr int64_t kBytes = kDiagonalOverlap * kFloat;
+    const int rank = world_.rank();
+    const int size = world_.size();
+    const int slot = plan_.Slot(rank);
+    const bool has_first = slot == 0 && local_blocks_ > 0;
+    const bool has_last = plan_.RankOfToken(plan_.num_tokens() - 1) == rank;
+    const int64_t with_previous = local_blocks_ - (has_first ? 1 : 0);
+    const int64_t with_next = local_blocks_ - (has_last ? 1 : 0);
+    char* const sent = Piece<char>(at_.overlaps_sent);
+    for (int64_t i = 0; i < count_ && with_next > 0; ++i) {
+      const float* windows = Piece<float>(at_.slash) + i * local_blocks_ * kDiagonalWindow;
+      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = sent + i * with_next * kBytes,
+                                          .to_pitch = kBytes,
+                                          .from = windows + kSelectionBlock,
+                                          .from_pitch = kDiagonalWindow * kFloat,
+                                          .row_bytes = kBytes,
+                                          .rows = with_next},
+                                         stream_));
+    }
+    const auto rank_of_slot = [&](int s) { return plan_.RankOfToken(kTokenBlock * s); };
+    std::vector<int64_t> send_bytes(size);
+    std::vector<int64_t> recv_bytes(size);
+    send_bytes[rank_of_slot((slot + 1) % size)] = count_ * with_next * kBytes;
+    recv_bytes[rank_of_slot((slot + size - 1) % size)] = count_ * with_previous * kBytes;
+    char* const received = Piece<char>(at_.overlaps_received);
+    LF_RETURN_IF_ERROR(world_.AllToAll(sent, send_bytes, received, recv_bytes, stream_));
+    // The prompt's first block has none before it.
+    char* const overlaps = Piece<char>(at_.overlaps);
+    LF_RETURN_IF_ERROR(kernels_.Zero(overlaps, count_ * local_blocks_ * kBytes, stream_));
+    if (with_previous == 0) return absl::OkStatus();
+    return kernels_.Copy2D({.to = overlaps + (has_first ? kBytes : 0),
+                            .to_pitch = local_blocks_ * kBytes,
+                            .from = received,
+                            .from_pitch = with_previous * kBytes,
+                            .row_bytes = with_previous * kBytes,
+                            .rows = count_},
+                           stream_);
+  }
+
+  absl::Status Join() {
+    if (local_tokens_ == 0) return absl::OkStatus();
+    JoinScoresParams params;
+    params.slash = Piece<float>(at_.slash);
+    params.overlaps = several_ranks_ ? Piece<float>(at_.overlaps) : nullptr;
+    params.num_heads = count_;
+    params.num_keys = local_tokens_;
+    params.key_positions = positions_;
+    params.last_query = scope_.last_query();
+    params.forced_keys = kForcedKeys;
+    params.forced_distances = kForcedDistances;
+    params.scores = Piece<float>(at_.scores);
+    params.score_stride = ScoreStride(local_tokens_);
+    return kernels_.JoinScores(params, stream_);
+  }
+
+  SelectionLists Lists() const {
+    return {.scores = Piece<float>(at_.scores),
+            .list_stride = ScoreStride(local_tokens_),
+            .num_entries = local_tokens_,
+            .num_lists = 2 * count_,
+            .positions = positions_,
+            .last_query = scope_.last_query()};
+  }
+
+  absl::Status FindThresholds() {
     std::vector<int64_t> budgets;
-    for (const int32_t head : heads) {
-      const VerticalSlash& pattern = std::get<VerticalSlash>(patterns_[head]);
-      budgets.push_back(std::min(scope_.num_keys(), std::max(pattern.vertical, kMinVertical)));
-      budgets.push_back(std::min(scope_.num_keys(), std::max(pattern.slash, kMinSlash)));
+    for (int64_t i = 0; i < count_; ++i) {
+      const VerticalSlashBudget& budget = selector_.budgets_[begin_ + static_cast<size_t>(i)];
+      budgets.insert(budgets.end(), {budget.columns, budget.distances});
     }
-    LF_ASSIGN_OR_RETURN(
-        auto selected,
-        SelectLargest(kernels_, world_, keys_.as<uint64_t>(), local_tokens_, local_tokens_, budgets,
-                      {selection_workspace_.data(), selection_workspace_.size_bytes()}, stream));
-    for (size_t i = 0; i < count; ++i) {
-      result[heads[i]] = {std::move(selected[2 * i]), std::move(selected[2 * i + 1])};
+    LF_RETURN_IF_ERROR(kernels_.SelectionStart(budgets, cuts_, stream_));
+    const int64_t bins = 2 * count_ * kSelectionBins;
+    uint64_t* const histogram = Piece<uint64_t>(at_.histogram);
+    for (int pass = 0; pass < kSelectionPasses; ++pass) {
+      LF_RETURN_IF_ERROR(local_tokens_ > 0
+                             ? kernels_.SelectionHistogram(Lists(), pass, cuts_, histogram, stream_)
+                             : kernels_.Zero(histogram, bins * kWord, stream_));
+      if (several_ranks_) {
+        LF_RETURN_IF_ERROR(world_.AllReduce(histogram, bins, ReduceType::kUInt64, ReduceOp::kSum, stream_));
+      }
+      LF_RETURN_IF_ERROR(kernels_.SelectionAdvance(2 * count_, pass, histogram, cuts_, stream_));
+      LF_ASSIGN_OR_RETURN(const bool settled, KnownSettled());
+      if (settled) break;
     }
+    return absl::OkStatus();
   }
-  return result;
+
+  // Asks only where waiting for the stream costs little: on the CPU, or where exchanges wait anyway. Cuts are
+  // equal on all ranks.
+  absl::StatusOr<bool> KnownSettled() {
+    if (!several_ranks_ && stream_.device() != DeviceKind::kCpu) return false;
+    LF_RETURN_IF_ERROR(context_.report.Fetch(context_.backend, context_.storage));
+    for (size_t list = 2 * begin_; list < 2 * (begin_ + static_cast<size_t>(count_)); ++list) {
+      if (context_.report.cut(list).settled == 0) return false;
+    }
+    return true;
+  }
+
+  // The selected entries of all ranks, as bits.
+  absl::Status Mark() {
+    const int64_t words = selector_.WordsPerList();
+    uint64_t* const bits = Piece<uint64_t>(at_.bits);
+    LF_RETURN_IF_ERROR(kernels_.Zero(bits, 2 * count_ * words * kWord, stream_));
+    if (local_tokens_ > 0) {
+      LF_RETURN_IF_ERROR(kernels_.SelectionMark(Lists(), cuts_, bits, words, stream_));
+    }
+    if (!several_ranks_) return absl::OkStatus();
+    // No entry belongs to two ranks, so the sum is the union.
+    return world_.AllReduce(bits, 2 * count_ * words, ReduceType::kUInt64, ReduceOp::kSum, stream_);
+  }
+
+  absl::Status BuildIndex() {
+    std::vector<IndexBuffers> out;
+    for (const int32_t head : heads_) out.push_back(context_.storage.buffers(head));
+    BuildIndexParams params;
+    params.bits = Piece<uint64_t>(at_.bits);
+    params.words_per_list = selector_.WordsPerList();
+    params.coverage = context_.coverage;
+    params.out = out;
+    return kernels_.BuildIndex(params, workspace(), stream_);
+  }
+
+  // Of this rank's share of the heads: counting costs more than the rest on a CPU.
+  absl::Status CountPairs() {
+    const auto share = [&](int rank) { return static_cast<size_t>(count_ * rank / world_.size()); };
+    for (size_t i = share(world_.rank()); i < share(world_.rank() + 1);) {
+      std::vector<IndexView> views;  // of neighbouring heads, whose counts are neighbours too
+      const int32_t first = heads_[i];
+      for (; i < share(world_.rank() + 1) && heads_[i] == first + static_cast<int32_t>(views.size()); ++i) {
+        views.push_back(context_.storage.views()[heads_[i]]);
+      }
+      LF_RETURN_IF_ERROR(kernels_.CountPairs(
+          {.indices = views, .num_tokens = scope_.num_keys(), .counts = context_.storage.covered() + first},
+          workspace(), stream_));
+    }
+    return absl::OkStatus();
+  }
+
+  const VerticalSlashSelector& selector_;
+  const SelectionContext& context_;
+  KernelSet& kernels_;
+  Stream& stream_;
+  Communicator& world_;
+  const ShardPlan& plan_;
+  const SelectionScope& scope_;
+  const bool several_ranks_;
+  const PositionMap positions_;
+  const int64_t local_tokens_;
+  const int64_t local_blocks_;  // of 128
+  const VerticalSlashSelector::Scratch at_;
+  HeadsView<const void> queries_;
+  size_t begin_ = 0;
+  int64_t count_ = 0;
+  std::span<const int32_t> heads_;
+  SelectionCut* cuts_ = nullptr;
+};
+
+absl::Status VerticalSlashSelector::Select(const SelectionContext& context, HeadsView<const void> q,
+                                           HeadsView<const void> k) const {
+  if (heads_.empty()) return absl::OkStatus();
+  Batch batch(*this, context);
+  LF_RETURN_IF_ERROR(batch.TakeQueries(q));
+  for (size_t begin = 0; begin < heads_.size(); begin += static_cast<size_t>(heads_at_once_)) {
+    LF_RETURN_IF_ERROR(
+        batch.Run(begin, std::min(heads_.size() - begin, static_cast<size_t>(heads_at_once_)), k));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status VerticalSlashSelector::Check(const IndexReport& report) const {
+  for (size_t i = 0; i < heads_.size(); ++i) {
+    const IndexCounts& counts = report.counts(heads_[i]);
+    const auto check = [&](const char* list, const SelectionCut& cut, int64_t length,
+                           int64_t budget) -> absl::Status {
+      if (cut.settled != 0 && counts.overflow == 0 && length == budget) return absl::OkStatus();
+      return absl::InternalError(absl::StrCat(
+          "sparse index: head ", heads_[i], " has ", length, " of ", budget, " ", list,
+          cut.settled == 0 ? absl::StrCat("; ", cut.missing, " are missing among its scores") : "",
+          counts.overflow != 0 ? "; its lists did not fit" : ""));
+    };
+    LF_RETURN_IF_ERROR(check("columns", report.cut(2 * i), counts.columns, budgets_[i].columns));
+    LF_RETURN_IF_ERROR(check("distances", report.cut(2 * i + 1), counts.distances, budgets_[i].distances));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace longfill

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds longfill and runs every test that this machine can run; ends with ctest's summary. Usage:
-#   tests/run.sh            format, clang-tidy, tests of the preset cpu, ASan+UBSan over unit and multi-rank tests, TSan over
-#                           all tests without gRPC and MPI
+#   tests/run.sh            format, clang-tidy, tests of the preset cpu, build of the preset cuda and its kernel contract tests
+#                           (needs nvcc; without a GPU its GPU tests skip), ASan+UBSan over unit, contract and multi-rank
+#                           tests, TSan over all tests without gRPC and MPI
 #   tests/run.sh --quick    the preset cpu alone
 #   tests/run.sh --long     also the tests with the label long, which take an hour
 # Environment: LONGFILL_SHARED_DIR, the folder with needle-20m and recorded data (default: `shared` beside the checkout);
@@ -56,11 +57,22 @@ if $long; then
 fi
 $quick && exit
 
+if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
+  build cuda
+  step "clang-tidy of the CUDA backend"
+  find kernels/cuda tests/unit/cuda -name '*.cc' ! -name cuda_absent.cc -print0 |
+    xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-600}"
+  step "kernel contract tests of the preset cuda"
+  ctest --preset cuda -L contract
+else
+  step "skipped: build and tests of the preset cuda, since there is no nvcc on PATH or in /usr/local/cuda/bin"
+fi
+
 build asan
-step "unit and multi-rank tests under ASan and UBSan"
+step "unit, contract and multi-rank tests under ASan and UBSan"
 # Open MPI and its libraries leak at exit; nothing of ours is suppressed.
 LSAN_OPTIONS=suppressions=$PWD/tests/testing/lsan_suppressions.txt:print_suppressions=0 \
-  ctest --preset asan -L 'unit|multirank' -LE 'long|e2e'
+  ctest --preset asan -L 'unit|contract|multirank' -LE 'long|e2e'
 
 build tsan
 step "all tests without gRPC and MPI under TSan"

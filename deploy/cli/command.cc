@@ -6,8 +6,10 @@
 #include <array>
 #include <cstdio>
 #include <filesystem>
+#include <optional>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "deploy/cli/output_directory.h"
 #include "deploy/cli/token_file.h"
@@ -15,6 +17,27 @@
 #include "kernels/sparse/head_pattern.h"
 
 namespace longfill {
+namespace {
+
+// N of "cuda:N".
+std::optional<int> OrdinalOf(std::string_view device) {
+  constexpr std::string_view kPrefix = "cuda:";
+  int ordinal = 0;
+  if (!device.starts_with(kPrefix)) return std::nullopt;
+  const std::string_view number = device.substr(kPrefix.size());
+  if (!absl::SimpleAtoi(absl::string_view(number.data(), number.size()), &ordinal) || ordinal < 0) {
+    return std::nullopt;
+  }
+  return ordinal;
+}
+
+// A CLI11 check: what is wrong, or nothing.
+std::string CheckDeviceName(const std::string& device) {
+  if (device == "cpu" || device == "cuda" || OrdinalOf(device)) return {};
+  return absl::StrCat("\"", device, "\" is not cpu, cuda or cuda:N");
+}
+
+}  // namespace
 
 void PrintError(std::string_view message) {
   std::string line(message);
@@ -58,9 +81,14 @@ void AddMeshOption(CLI::App& app, ModelOptions& options) {
 }
 
 void AddDeviceOption(CLI::App& app, ModelOptions& options) {
-  app.add_option("--device", options.device, "cpu (default) or cuda")
+  app.add_option("--device", options.device,
+                 "cpu (default); cuda: the ranks of a host are dealt over its GPUs; or cuda:N, one of them")
       ->type_name("DEVICE")
-      ->check(CLI::IsMember({"cpu", "cuda"}));
+      ->check(CheckDeviceName, "DEVICE");
+  app.add_option("--device-dtype", options.device_dtype,
+                 "what a GPU computes in: bfloat16 (default) or float16. The CPU computes in float32")
+      ->type_name("TYPE")
+      ->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
 }
 
 void AddThreadsOption(CLI::App& app, ModelOptions& options) {
@@ -72,8 +100,8 @@ void AddThreadsOption(CLI::App& app, ModelOptions& options) {
 
 void AddMemoryOption(CLI::App& app, ModelOptions& options) {
   app.add_option("--memory-limit", options.memory_limit_bytes,
-                 "memory that one rank may plan with, such as 4GB; longer prompts are refused (default: what "
-                 "the host has)")
+                 "memory of the device that one rank may plan with, such as 4GB; longer prompts are refused\n"
+                 "(default: what is available)")
       ->type_name("BYTES")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
 }
@@ -90,12 +118,23 @@ void AddPatternOptions(CLI::App& app, ModelOptions& options) {
       ->type_name("FILE|DIR");
 }
 
-absl::Status CheckDevice(const std::string& device) {
-  if (device == "cuda") {
-    return absl::UnimplementedError(
-        "--device cuda: the CUDA backend is not built in; --device cpu computes on the CPU");
+absl::StatusOr<DeviceOptions> MakeDeviceOptions(const ModelOptions& options, int ranks_on_host,
+                                                int local_rank) {
+  DeviceOptions device;
+  device.num_threads = options.threads > 0 ? options.threads : DefaultThreads(ranks_on_host);
+  device.ranks_on_host = ranks_on_host;
+  device.local_rank = local_rank;
+  if (!options.device_dtype.empty()) {
+    LF_ASSIGN_OR_RETURN(device.compute_dtype, ParseDType(options.device_dtype));
   }
-  return absl::OkStatus();
+  if (options.device == "cpu") return device;
+  device.kind = DeviceKind::kCuda;
+  device.ordinal = OrdinalOf(options.device).value_or(-1);
+  if (const absl::StatusOr<int> count = CudaDeviceCount(); !count.ok()) {
+    return absl::UnimplementedError(absl::StrCat("--device ", options.device, ": ", count.status().message(),
+                                                 "; --device cpu computes on the CPU"));
+  }
+  return device;
 }
 
 absl::StatusOr<AttentionSpec> ReadPatterns(const std::string& path) {
@@ -110,9 +149,18 @@ absl::StatusOr<AttentionSpec> ReadPatterns(const std::string& path) {
   return spec;
 }
 
+absl::StatusOr<AttentionDefaults> MakeAttentionDefaults(const ModelOptions& options) {
+  AttentionDefaults defaults;
+  defaults.dense_below = options.dense_below;
+  if (!options.patterns_path.empty()) {
+    LF_ASSIGN_OR_RETURN(defaults.patterns, ReadPatterns(options.patterns_path));
+  }
+  return defaults;
+}
+
 absl::StatusOr<EngineOptions> MakeEngineOptions(const ModelOptions& options, const World& world) {
-  LF_RETURN_IF_ERROR(CheckDevice(options.device));
   EngineOptions engine;
+  LF_ASSIGN_OR_RETURN(engine.device, MakeDeviceOptions(options, world.ranks_on_host(), world.local_rank()));
   engine.model_dir = options.model_dir;
   engine.mesh = Mesh{world.size(), 1};
   if (!options.mesh_text.empty()) {
@@ -123,17 +171,12 @@ absl::StatusOr<EngineOptions> MakeEngineOptions(const ModelOptions& options, con
         "--mesh ", ToString(engine.mesh), " is a mesh of ", engine.mesh.size(), " ranks, there are ",
         world.size(), " (mpirun -np ", engine.mesh.size(), " longfill ... starts so many)"));
   }
-  engine.ranks_on_host = world.ranks_on_host();
-  engine.num_threads = options.threads > 0 ? options.threads : DefaultThreads(world.ranks_on_host());
-  engine.attention.dense_below = options.dense_below;
+  LF_ASSIGN_OR_RETURN(engine.attention, MakeAttentionDefaults(options));
   engine.memory_limit_bytes = static_cast<int64_t>(options.memory_limit_bytes);
-  if (!options.patterns_path.empty()) {
-    LF_ASSIGN_OR_RETURN(engine.attention.patterns, ReadPatterns(options.patterns_path));
-  }
   return engine;
 }
 
-void AddPromptOptions(CLI::App& app, PromptOptions& options) {
+CLI::Option* AddPromptOptions(CLI::App& app, PromptOptions& options) {
   app.add_option("--tokens", options.token_paths,
                  "token ids of the prompt: NAME.i32 holds little-endian int32, any other file a JSON list, "
                  "'-' is a JSON\n"
@@ -141,11 +184,11 @@ void AddPromptOptions(CLI::App& app, PromptOptions& options) {
       ->type_name("FILE")
       ->required()
       ->take_all();
-  app.add_option("--out", options.out,
-                 "directory for manifest.json, kv-layer-LLL-rank-RRR.safetensors and logits.safetensors; "
-                 "made if missing")
-      ->type_name("DIR")
-      ->required();
+  CLI::Option* const out =
+      app.add_option("--out", options.out,
+                     "directory for manifest.json, kv-layer-LLL-rank-RRR.safetensors and logits.safetensors; "
+                     "made if missing")
+          ->type_name("DIR");
   app.add_option(
          "--attention", options.attention,
          "dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S; block-sparse:K (forced blocks count within K);\n"
@@ -160,7 +203,7 @@ void AddPromptOptions(CLI::App& app, PromptOptions& options) {
                  "positions whose logits are wanted, such as 4094,4095 (default: last)")
       ->type_name("POSITIONS");
   app.add_option("--kv-dtype", options.kv_dtype,
-                 "type of the KV cache: float32 (default), bfloat16 or float16")
+                 "type of the KV cache: float32, bfloat16 or float16 (default: what the device computes in)")
       ->type_name("TYPE")
       ->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
   app.add_flag(
@@ -170,6 +213,7 @@ void AddPromptOptions(CLI::App& app, PromptOptions& options) {
       "--json", options.json,
       "print the figures as one JSON object and nothing else on standard output; for several prompts\n"
       "{\"prompts\": [...]}");
+  return out;
 }
 
 absl::StatusOr<std::vector<PrefillRequest>> ReadPrompts(const PromptOptions& options) {
@@ -177,7 +221,9 @@ absl::StatusOr<std::vector<PrefillRequest>> ReadPrompts(const PromptOptions& opt
   LF_ASSIGN_OR_RETURN(prototype.attention, ReadAttentionSpec(options.attention));
   LF_ASSIGN_OR_RETURN(prototype.coverage, ParseCoverage(options.coverage));
   LF_ASSIGN_OR_RETURN(prototype.logits_positions, ParseLogitsPositions(options.logits));
-  LF_ASSIGN_OR_RETURN(prototype.kv_dtype, ParseDType(options.kv_dtype));
+  if (!options.kv_dtype.empty()) {
+    LF_ASSIGN_OR_RETURN(prototype.kv_dtype, ParseDType(options.kv_dtype));
+  }
   if (std::count(options.token_paths.begin(), options.token_paths.end(), "-") > 1) {
     return absl::InvalidArgumentError("--tokens -: standard input can be read once only");
   }

@@ -36,6 +36,7 @@ struct Command {
   std::function<int(CommandContext& context)> run;
 };
 
+Command AddBenchCommand(CLI::App& program);
 Command AddInspectCommand(CLI::App& program);
 Command AddPrefillCommand(CLI::App& program);
 Command AddServeCommand(CLI::App& program);
@@ -50,11 +51,12 @@ int ExitCodeOf(const absl::Status& status);
 // Options that several subcommands share.
 struct ModelOptions {
   std::string model_dir;
-  std::string mesh_text;  // empty: sequence=ranks,head=1
-  std::string device = "cpu";
-  int threads = 0;  // 0: DefaultThreads
+  std::string mesh_text;       // empty: sequence=ranks,head=1
+  std::string device = "cpu";  // "cpu", "cuda" or "cuda:N"
+  std::string device_dtype;    // empty: that of the device
+  int threads = 0;             // 0: DefaultThreads
   int64_t dense_below = AttentionDefaults{}.dense_below;
-  uint64_t memory_limit_bytes = 0;  // of each rank; 0: what the host has available when a prompt comes
+  uint64_t memory_limit_bytes = 0;  // of each rank; 0: what is available when a prompt comes
   std::string patterns_path;
 };
 void AddModelOption(CLI::App& app, ModelOptions& options);
@@ -67,9 +69,14 @@ void AddPatternOptions(CLI::App& app, ModelOptions& options);
 // Local checks of the shared options and what the engine wants of them; equal on all ranks where the file
 // systems are.
 absl::StatusOr<EngineOptions> MakeEngineOptions(const ModelOptions& options, const World& world);
-absl::Status CheckDevice(const std::string& device);
+// The device alone, for `ranks_on_host` ranks. Unimplemented, saying what is missing, where it cannot be used
+// here.
+absl::StatusOr<DeviceOptions> MakeDeviceOptions(const ModelOptions& options, int ranks_on_host,
+                                                int local_rank);
 // FILE, or DIR/patterns.json.
 absl::StatusOr<AttentionSpec> ReadPatterns(const std::string& path);
+// What the pattern options say; the engine adds those of the model directory.
+absl::StatusOr<AttentionDefaults> MakeAttentionDefaults(const ModelOptions& options);
 
 // Options of a prompt that `prefill` and `submit` share.
 struct PromptOptions {
@@ -78,14 +85,16 @@ struct PromptOptions {
   std::string attention = "auto";
   std::string coverage = "tiles";
   std::string logits = "last";
-  std::string kv_dtype = "float32";
+  std::string kv_dtype;  // empty: what the device computes in
   bool overwrite = false;
   bool json = false;
 };
-void AddPromptOptions(CLI::App& app, PromptOptions& options);
+// Returns --out, so that a subcommand can require it.
+CLI::Option* AddPromptOptions(CLI::App& app, PromptOptions& options);
 
 // The prompts that the options describe, token files read and options parsed; ids, memory and the model are
-// not looked at. request_id is the number of the prompt, "000".
+// not looked at. request_id is the number of the prompt, "000". kv_dtype is for the caller where the options
+// leave it open.
 absl::StatusOr<std::vector<PrefillRequest>> ReadPrompts(const PromptOptions& options);
 
 // 32 hex digits from the kernel's random numbers.

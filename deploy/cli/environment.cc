@@ -82,7 +82,11 @@ absl::StatusOr<std::unique_ptr<World>> World::Create(const Launch& launch, int b
 #endif
   LF_ASSIGN_OR_RETURN(const std::vector<std::string> hosts,
                       AllGatherStrings(world->communicator(), HostName(), world->stream_));
-  world->ranks_on_host_ = static_cast<int>(std::count(hosts.begin(), hosts.end(), HostName()));
+  const auto here = [name = HostName()](const auto begin, const auto end) {
+    return static_cast<int>(std::count(begin, end, name));
+  };
+  world->ranks_on_host_ = here(hosts.begin(), hosts.end());
+  world->local_rank_ = here(hosts.begin(), hosts.begin() + world->rank());
   return world;
 }
 

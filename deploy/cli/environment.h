@@ -38,6 +38,7 @@ class World {
   int rank() const;
   int size() const;
   int ranks_on_host() const { return ranks_on_host_; }
+  int local_rank() const { return local_rank_; }  // among the ranks of this host
 
   // Collective: OK everywhere, or everywhere the error of the lowest failing rank.
   absl::Status Agree(const absl::Status& mine);
@@ -49,6 +50,7 @@ class World {
   std::unique_ptr<Session> session_;
   CpuStream stream_;
   int ranks_on_host_ = 1;
+  int local_rank_ = 0;
 };
 
 }  // namespace longfill

@@ -3,13 +3,23 @@
 #include <array>
 #include <nlohmann/json.hpp>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 
 namespace longfill {
 namespace {
 
+// Eight hex digits for each rank.
+std::vector<std::string> Checksums(const PrefillFigures& figures) {
+  std::vector<std::string> texts;
+  for (const uint32_t checksum : figures.rank_kv_checksums)
+    texts.push_back(absl::StrFormat("%08x", checksum));
+  return texts;
+}
+
 nlohmann::ordered_json ToJson(const PrefillFigures& figures) {
-  return {
+  nlohmann::ordered_json json = {
       {"tokens", figures.tokens},
       {"ranks", figures.ranks},
       {"mesh", {{"sequence", figures.mesh.sequence}, {"head", figures.mesh.head}}},
@@ -18,7 +28,10 @@ nlohmann::ordered_json ToJson(const PrefillFigures& figures) {
       {"index_seconds", figures.index_seconds},
       {"attention_seconds", figures.attention_seconds},
       {"linear_seconds", figures.linear_seconds},
+      {"gemm_seconds", figures.gemm_seconds},
+      {"other_seconds", figures.other_seconds},
       {"communication_seconds", figures.communication_seconds},
+      {"exposed_copy_seconds", figures.exposed_copy_seconds},
       {"published_pairs", figures.published_pairs},
       {"covered_pairs", figures.covered_pairs},
       {"computed_pairs", figures.computed_pairs},
@@ -27,7 +40,14 @@ nlohmann::ordered_json ToJson(const PrefillFigures& figures) {
       {"imbalance", figures.imbalance},
       {"kv_bytes", figures.kv_bytes},
       {"peak_memory_bytes", figures.peak_memory_bytes},
+      {"peak_device_bytes", figures.peak_device_bytes},
+      {"planned_device_bytes", figures.planned_device_bytes},
+      {"outside_device_bytes", figures.outside_device_bytes},
+      {"device", figures.device},
+      {"compute_dtype", std::string(DTypeName(figures.compute_dtype))},
   };
+  if (!figures.rank_kv_checksums.empty()) json["rank_kv_crc32c"] = Checksums(figures);
+  return json;
 }
 
 }  // namespace
@@ -41,14 +61,26 @@ std::string FiguresToJson(const std::vector<PrefillFigures>& prompts) {
 
 std::string FiguresToText(const PrefillFigures& figures) {
   const double rate = figures.seconds > 0 ? static_cast<double>(figures.tokens) / figures.seconds : 0;
-  return absl::StrFormat(
-      "%d tokens in %.2f s (%.0f tokens/s; index %.2f s, attention %.2f s, linear %.2f s, communication %.2f "
-      "s), "
-      "%s, density %.4f, imbalance %.3f, KV %s, peak memory %s a rank, mesh %s",
+  std::string text = absl::StrFormat(
+      "%d tokens in %.2f s (%.0f tokens/s; index %.2f s, attention %.2f s, GEMM %.2f s, other %.2f s, "
+      "communication %.2f s, exposed copy %.2f s), %s, density %.4f, imbalance %.3f, KV %s, ",
       figures.tokens, figures.seconds, rate, figures.index_seconds, figures.attention_seconds,
-      figures.linear_seconds, figures.communication_seconds, figures.attention, figures.density,
-      figures.imbalance, FormatBytes(figures.kv_bytes), FormatBytes(figures.peak_memory_bytes),
-      ToString(figures.mesh));
+      figures.gemm_seconds, figures.other_seconds, figures.communication_seconds,
+      figures.exposed_copy_seconds, figures.attention, figures.density, figures.imbalance,
+      FormatBytes(figures.kv_bytes));
+  if (!figures.rank_kv_checksums.empty()) {
+    absl::StrAppend(&text, "KV CRC-32C ", absl::StrJoin(Checksums(figures), " "), ", ");
+  }
+  // Outside bytes are those of a GPU, whose memory is not in the resident set.
+  if (figures.outside_device_bytes > 0) {
+    absl::StrAppend(&text, "peak device memory ",
+                    FormatBytes(figures.peak_device_bytes + figures.outside_device_bytes), " (planned ",
+                    FormatBytes(figures.planned_device_bytes + figures.outside_device_bytes), "), ");
+  }
+  absl::StrAppend(&text, "peak memory ", FormatBytes(figures.peak_memory_bytes), " a rank, mesh ",
+                  ToString(figures.mesh), ", ", figures.device, " in ",
+                  std::string(DTypeName(figures.compute_dtype)));
+  return text;
 }
 
 std::string FormatBytes(int64_t bytes) {

@@ -9,8 +9,10 @@
 #include "deploy/cli/command.h"
 #include "deploy/cli/figures.h"
 #include "models/config.h"
+#include "models/device_weights.h"
 #include "models/fingerprint.h"
 #include "models/weights.h"
+#include "runtime/engine/engine_device.h"
 #include "runtime/engine/memory_plan.h"
 
 namespace longfill {
@@ -56,15 +58,55 @@ void PrintPlan(const char* title, const MemoryPlan& plan) {
   std::printf("%s, bytes of the largest rank\n", title);
   PrintBytes("weights", plan.weights_bytes);
   PrintBytes("activations", plan.activation_bytes);
-  PrintBytes("attention", plan.attention_bytes);
   PrintBytes("index", plan.index_bytes);
+  PrintBytes("attention, selection", plan.attention_bytes);
+  if (plan.device == DeviceKind::kCuda) {
+    PrintBytes("driver and libraries", plan.outside_bytes);
+    PrintBytes("device", plan.DeviceBytes());
+    PrintBytes("exchange, page-locked", plan.staging_bytes);
+    PrintBytes("KV ring, page-locked", plan.kv_ring_bytes);
+  }
   PrintBytes("logits", plan.logits_bytes);
   PrintBytes("KV store", plan.kv_store_bytes);
+  if (plan.device == DeviceKind::kCuda) PrintBytes("host", plan.HostBytes());
   PrintBytes("total", plan.TotalBytes());
 }
 
+// What the ranks of the mesh would have on this host.
+struct Host {
+  std::shared_ptr<Backend> backend;
+  int64_t outside_bytes = 0;
+  MemoryBudget budget;
+};
+
+absl::StatusOr<Host> LookAtHost(const ModelOptions& options, const Mesh& mesh, const ModelWeights& weights) {
+  Host host;
+  LF_ASSIGN_OR_RETURN(const DeviceOptions device, MakeDeviceOptions(options, mesh.size(), 0));
+  LF_ASSIGN_OR_RETURN(host.backend, CreateBackend(device));
+  LF_ASSIGN_OR_RETURN(const int ranks_on_device, RanksOnDevice(device));
+  const bool mapped = device.kind == DeviceKind::kCpu;
+  LF_ASSIGN_OR_RETURN(host.budget.host_bytes,
+                      AvailableMemoryBytes(mesh.size(), mapped ? weights.mapped_bytes() : 0));
+  // This process is one of the ranks to come; each will have a context of its own.
+  LF_ASSIGN_OR_RETURN(host.outside_bytes, MeasureOutsideBytes(*host.backend, 1));
+  LF_ASSIGN_OR_RETURN(host.budget.device_bytes,
+                      AvailableDeviceBytes(*host.backend, ranks_on_device, host.outside_bytes));
+  return host;
+}
+
+void PrintLongest(const Host& host, const Mesh& mesh, int64_t batch, int64_t served) {
+  std::string available = absl::StrCat(FormatBytes(host.budget.host_bytes), " of host memory");
+  if (host.backend->kernels().device() == DeviceKind::kCuda) {
+    available = absl::StrCat(FormatBytes(host.budget.device_bytes), " of ", host.backend->facts().name,
+                             " and ", available);
+  }
+  std::printf(
+      "available now for each of %d ranks on this host: %s; longest prompt: %lld tokens for prefill, %lld "
+      "for serve\n",
+      mesh.size(), available.c_str(), static_cast<long long>(batch), static_cast<long long>(served));
+}
+
 absl::Status Inspect(const InspectOptions& options) {
-  LF_RETURN_IF_ERROR(CheckDevice(options.model.device));
   Mesh mesh;
   if (!options.model.mesh_text.empty()) {
     LF_ASSIGN_OR_RETURN(mesh, ParseMesh(options.model.mesh_text));
@@ -79,26 +121,36 @@ absl::Status Inspect(const InspectOptions& options) {
                                                    " is beyond max_position_embeddings ",
                                                    config.max_position_embeddings, " of the model"));
   }
+  LF_ASSIGN_OR_RETURN(const Host host, LookAtHost(options.model, mesh, *weights));
+  LF_ASSIGN_OR_RETURN(AttentionDefaults defaults, MakeAttentionDefaults(options.model));
+  LF_ASSIGN_OR_RETURN(defaults.model_patterns, ReadModelPatterns(options.model.model_dir));
+  LF_ASSIGN_OR_RETURN(
+      const ResolvedAttention attention,
+      ResolveAttention(AttentionSpec{}, defaults, num_tokens, config.num_layers, config.num_q_heads));
+  const KernelSet& kernels = host.backend->kernels();
   MemoryPlanInput input;
   input.config = &config;
-  input.weights_bytes = weights->bytes();
+  input.kernels = &kernels;
+  input.patterns = &attention.patterns;
+  input.weights_bytes = kernels.device() == DeviceKind::kCpu
+                            ? weights->bytes()
+                            : DeviceWeightsBytes(config, kernels.compute_dtype());
+  input.weights_in_pool = kernels.device() != DeviceKind::kCpu;
+  input.outside_bytes = host.outside_bytes;
   input.mesh = mesh;
   input.num_tokens = num_tokens;
-  LF_ASSIGN_OR_RETURN(const int64_t available, AvailableMemoryBytes(mesh.size()));
+  input.kv_dtype = kernels.compute_dtype();
 
   PrintModel(config, *weights, fingerprint);
-  std::printf("\nmemory plan for %lld tokens on mesh %s, KV float32\n", static_cast<long long>(num_tokens),
-              ToString(mesh).c_str());
+  std::printf("\nmemory plan for %lld tokens on mesh %s, %s, attention %s, KV %s\n",
+              static_cast<long long>(num_tokens), ToString(mesh).c_str(), host.backend->facts().name.c_str(),
+              attention.resolved.c_str(), std::string(DTypeName(input.kv_dtype)).c_str());
   PrintPlan("prefill (KV leaves as files)", PlanMemory(input));
-  const int64_t longest_batch = LongestPrompt(input, available, config.max_position_embeddings);
+  const int64_t longest_batch = LongestPrompt(input, host.budget, config.max_position_embeddings);
   input.keep_kv = true;
   PrintPlan("serve (KV of all layers is kept)", PlanMemory(input));
-  const int64_t longest_served = LongestPrompt(input, available, config.max_position_embeddings);
-  std::printf(
-      "available now for each of %d ranks on this host: %s; longest prompt: %lld tokens for prefill, %lld "
-      "for serve\n",
-      mesh.size(), FormatBytes(available).c_str(), static_cast<long long>(longest_batch),
-      static_cast<long long>(longest_served));
+  const int64_t longest_served = LongestPrompt(input, host.budget, config.max_position_embeddings);
+  PrintLongest(host, mesh, longest_batch, longest_served);
   return absl::OkStatus();
 }
 
@@ -115,6 +167,7 @@ Command AddInspectCommand(CLI::App& program) {
       ->check(CLI::PositiveNumber);
   AddMeshOption(*app, options->model);
   AddDeviceOption(*app, options->model);
+  AddPatternOptions(*app, options->model);
   return {app, [options](CommandContext& context) {
             if (context.launch.rank != 0) return static_cast<int>(kExitDone);
             const absl::Status status = Inspect(*options);

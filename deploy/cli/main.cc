@@ -16,7 +16,7 @@ namespace {
 
 constexpr char kFooter[] =
     "Exit codes: 0 done, 1 failed, 2 bad usage or input, with one line on standard error;\n"
-    "serve: 3 when a rank was lost and the group has to be started anew.\n"
+    "serve: 3 when a rank or its GPU was lost and the group has to be started anew.\n"
     "Ranks: mpirun -np N longfill prefill|serve ... splits every prompt over N ranks.";
 
 std::string VersionText() { return absl::StrCat("longfill ", kVersion, " (commit ", kGitCommit, ")"); }
@@ -39,7 +39,8 @@ int RunProgram(int argc, char** argv) {
   program.require_subcommand(1);
   program.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
   const std::vector<Command> commands = {AddInspectCommand(program), AddPrefillCommand(program),
-                                         AddServeCommand(program), AddSubmitCommand(program)};
+                                         AddServeCommand(program), AddSubmitCommand(program),
+                                         AddBenchCommand(program)};
   CommandContext context;
   context.launch = ReadLaunch();
   try {

@@ -11,6 +11,7 @@
 #include "deploy/cli/figures.h"
 #include "deploy/cli/output_directory.h"
 #include "models/fingerprint.h"
+#include "runtime/kv/kv_discard_sink.h"
 #include "runtime/kv/kv_manifest.h"
 
 namespace longfill {
@@ -19,17 +20,20 @@ namespace {
 struct PrefillOptions {
   ModelOptions model;
   PromptOptions prompt;
+  std::string kv = "files";  // or "discard"
 };
 
 // Input that rank 0 has read and checked. Bad input of any kind is exit code 2.
 struct Job {
   std::vector<PrefillRequest> prompts;
-  std::unique_ptr<OutputDirectory> output;
+  std::unique_ptr<OutputDirectory> output;  // nullptr: nothing is written
 };
 
 // Sinks into the folder of the prompt that the request id names.
-KvSinkFactory MakeSinks(const std::string& out, int num_prompts) {
-  return [out, num_prompts](const KvTransferSpec& spec) -> absl::StatusOr<std::unique_ptr<KvSink>> {
+KvSinkFactory MakeSinks(const PrefillOptions& options) {
+  if (options.kv == "discard") return MakeKvDiscardSinkFactory();
+  return [out = options.prompt.out, num_prompts = options.prompt.token_paths.size()](
+             const KvTransferSpec& spec) -> absl::StatusOr<std::unique_ptr<KvSink>> {
     const std::string folder =
         num_prompts == 1 ? out : (std::filesystem::path(out) / spec.request_id).string();
     std::error_code
@@ -39,8 +43,7 @@ KvSinkFactory MakeSinks(const std::string& out, int num_prompts) {
   };
 }
 
-absl::StatusOr<KvManifest> MakeManifest(const PrefillEngine& engine, const Mesh& mesh,
-                                        const PrefillRequest& prompt) {
+absl::StatusOr<KvManifest> MakeManifest(const PrefillEngine& engine, const PrefillRequest& prompt) {
   const ModelConfig& config = engine.config();
   const auto num_tokens = static_cast<int64_t>(prompt.token_ids.size());
   KvManifest manifest;
@@ -55,8 +58,8 @@ absl::StatusOr<KvManifest> MakeManifest(const PrefillEngine& engine, const Mesh&
   manifest.num_kv_heads = config.num_kv_heads;
   manifest.head_dim = config.head_dim;
   manifest.dtype = prompt.kv_dtype;
-  const ShardPlan plan(mesh, num_tokens);
-  for (int rank = 0; rank < mesh.size(); ++rank)
+  const ShardPlan plan(engine.mesh(), num_tokens);
+  for (int rank = 0; rank < plan.mesh().size(); ++rank)
     manifest.shards.push_back({rank, "", plan.TokenRanges(rank)});
   manifest.files = BatchFiles(plan, config.num_layers, config.num_kv_heads);
   return manifest;
@@ -81,45 +84,49 @@ PrefillCallbacks MakeCallbacks(const StopSignals& signals, bool quiet) {
   return callbacks;
 }
 
-absl::Status RunPrompt(PrefillEngine& engine, const Mesh& mesh, const PrefillRequest& prompt,
-                       const std::string& folder, const KvSinkFactory& sinks,
-                       const PrefillCallbacks& callbacks, std::vector<PrefillFigures>& figures) {
-  LF_ASSIGN_OR_RETURN(const KvManifest manifest, MakeManifest(engine, mesh, prompt));
-  LF_ASSIGN_OR_RETURN(const PrefillResult result, engine.Prefill(prompt, sinks, callbacks));
+// Writes logits and, where the KV cache is in files, the manifest into `folder`; nothing where that is empty.
+absl::StatusOr<PrefillFigures> RunPrompt(PrefillEngine& engine, const PrefillOptions& options,
+                                         const PrefillRequest& prompt, const std::string& folder,
+                                         const PrefillCallbacks& callbacks) {
+  LF_ASSIGN_OR_RETURN(const KvManifest manifest, MakeManifest(engine, prompt));
+  LF_ASSIGN_OR_RETURN(const PrefillResult result, engine.Prefill(prompt, MakeSinks(options), callbacks));
+  if (folder.empty()) return result.figures;
   LF_RETURN_IF_ERROR(WriteLogitsFile(folder, result.positions, result.logits, engine.config().vocab_size));
+  if (options.kv == "discard") return result.figures;
   // Last, so that a manifest stands for a whole result.
   LF_RETURN_IF_ERROR(
       WriteTextFile((std::filesystem::path(folder) / kManifestFileName).string(), manifest.ToJson()));
-  figures.push_back(result.figures);
-  return absl::OkStatus();
+  return result.figures;
 }
 
 // Rank 0 after the engine is there. Returns the exit code; the error is printed.
-int RunJob(PrefillEngine& engine, const Mesh& mesh, const PrefillOptions& options, Job& job,
-           const StopSignals& signals) {
+int RunJob(PrefillEngine& engine, const PrefillOptions& options, Job& job, const StopSignals& signals) {
   const auto name = [&](size_t i) {
     return job.prompts.size() == 1 ? std::string() : absl::StrCat(options.prompt.token_paths[i], ": ");
   };
   for (size_t i = 0; i < job.prompts.size(); ++i) {
+    if (options.prompt.kv_dtype.empty()) job.prompts[i].kv_dtype = engine.compute_dtype();
     if (const absl::Status status = engine.Validate(job.prompts[i]); !status.ok()) {
       PrintError(absl::StrCat(name(i), status.message()));
       return kExitUsage;
     }
   }
-  if (const absl::Status status = job.output->Prepare(); !status.ok()) return Report(status);
-  const KvSinkFactory sinks = MakeSinks(options.prompt.out, static_cast<int>(job.prompts.size()));
+  if (job.output != nullptr) {
+    if (const absl::Status status = job.output->Prepare(); !status.ok()) return Report(status);
+  }
   std::vector<PrefillFigures> figures;
   for (size_t i = 0; i < job.prompts.size(); ++i) {
-    const std::string folder = job.output->Folder(static_cast<int>(i));
-    const absl::Status status = RunPrompt(engine, mesh, job.prompts[i], folder, sinks,
-                                          MakeCallbacks(signals, options.prompt.json), figures);
-    if (!status.ok()) {
-      PrintError(absl::StrCat(name(i), status.message()));
-      return ExitCodeOf(status);
+    const std::string folder = job.output == nullptr ? "" : job.output->Folder(static_cast<int>(i));
+    const absl::StatusOr<PrefillFigures> done =
+        RunPrompt(engine, options, job.prompts[i], folder, MakeCallbacks(signals, options.prompt.json));
+    if (!done.ok()) {
+      PrintError(absl::StrCat(name(i), done.status().message()));
+      return ExitCodeOf(done.status());
     }
+    figures.push_back(*done);
     if (!options.prompt.json) std::printf("%s%s\n", name(i).c_str(), FiguresToText(figures.back()).c_str());
   }
-  job.output->Keep();
+  if (job.output != nullptr) job.output->Keep();
   if (options.prompt.json) std::printf("%s\n", FiguresToJson(figures).c_str());
   if (std::fflush(stdout) != 0) {
     PrintError("cannot write to standard output");
@@ -128,9 +135,14 @@ int RunJob(PrefillEngine& engine, const Mesh& mesh, const PrefillOptions& option
   return kExitDone;
 }
 
-absl::StatusOr<Job> ReadJob(const PromptOptions& options) {
+absl::StatusOr<Job> ReadJob(const PrefillOptions& command) {
+  const PromptOptions& options = command.prompt;
   Job job;
   LF_ASSIGN_OR_RETURN(job.prompts, ReadPrompts(options));
+  if (options.out.empty()) {
+    if (command.kv == "discard") return job;
+    return absl::InvalidArgumentError("--out is missing: only with --kv discard nothing has to be written");
+  }
   LF_ASSIGN_OR_RETURN(job.output, OutputDirectory::Open(options.out, static_cast<int>(job.prompts.size()),
                                                         options.overwrite));
   return job;
@@ -139,7 +151,6 @@ absl::StatusOr<Job> ReadJob(const PromptOptions& options) {
 // The engine on all ranks, or on all ranks the exit code of the same error, printed once.
 struct Started {
   std::unique_ptr<PrefillEngine> engine;
-  Mesh mesh;
   int exit_code = kExitDone;
 };
 
@@ -148,7 +159,6 @@ Started StartEngine(const ModelOptions& options, World& world, const absl::Statu
   absl::StatusOr<EngineOptions> engine_options = MakeEngineOptions(options, world);
   absl::Status status = world.Agree(job_status.ok() ? engine_options.status() : job_status);
   if (status.ok()) {
-    started.mesh = engine_options->mesh;
     auto engine = PrefillEngine::Create(*engine_options, world.communicator());
     status = engine.status();
     if (engine.ok()) started.engine = std::move(*engine);
@@ -161,10 +171,10 @@ Started StartEngine(const ModelOptions& options, World& world, const absl::Statu
 }
 
 // Ranks other than 0. An error that rank 0 knows as well is printed there.
-int ServeJob(PrefillEngine& engine, const std::string& out, int num_prompts, const StopSignals& signals) {
+int ServeJob(PrefillEngine& engine, const PrefillOptions& options, const StopSignals& signals) {
   absl::Status last_outcome;
   const absl::Status status = engine.Serve(
-      MakeSinks(out, num_prompts), [&signals] { return signals.ShouldStop(); },
+      MakeSinks(options), [&signals] { return signals.ShouldStop(); },
       [&last_outcome](const absl::Status& outcome) { last_outcome = outcome; });
   if (!status.ok() && !engine.healthy()) {
     PrintError(absl::StrCat("rank ", engine.world().rank(), ": ", status.message()));
@@ -178,14 +188,13 @@ int Prefill(const PrefillOptions& options, CommandContext& context) {
   auto world = World::Create(context.launch, kExitFailed);
   if (!world.ok()) return context.launch.rank == 0 ? Report(world.status()) : ExitCodeOf(world.status());
   absl::StatusOr<Job> job = Job{};
-  if ((*world)->rank() == 0) job = ReadJob(options.prompt);
+  if ((*world)->rank() == 0) job = ReadJob(options);
   const Started started = StartEngine(options.model, **world, job.status());
   if (started.engine == nullptr) return started.exit_code;
   if ((*world)->rank() != 0) {
-    return ServeJob(*started.engine, options.prompt.out, static_cast<int>(options.prompt.token_paths.size()),
-                    *context.signals);
+    return ServeJob(*started.engine, options, *context.signals);
   }
-  const int exit_code = RunJob(*started.engine, started.mesh, options, *job, *context.signals);
+  const int exit_code = RunJob(*started.engine, options, *job, *context.signals);
   if (const absl::Status status = started.engine->Shutdown(); !status.ok() && exit_code == kExitDone)
     return Report(status);
   return exit_code;
@@ -200,6 +209,12 @@ Command AddPrefillCommand(CLI::App& program) {
   auto options = std::make_shared<PrefillOptions>();
   AddModelOption(*app, options->model);
   AddPromptOptions(*app, options->prompt);
+  app->add_option(
+         "--kv", options->kv,
+         "files (default); or discard: copied out as ever, CRC-32C printed, then dropped; --out may be\n"
+         "left out then. For measurements")
+      ->type_name("WHERE")
+      ->check(CLI::IsMember({"files", "discard"}));
   AddMeshOption(*app, options->model);
   AddDeviceOption(*app, options->model);
   AddThreadsOption(*app, options->model);

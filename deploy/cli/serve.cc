@@ -6,7 +6,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <set>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,6 +19,7 @@
 #include "kernels/base/memory.h"
 #include "parallel/watchdog.h"
 #include "runtime/client/endpoint.h"
+#include "runtime/kv/file_memory.h"
 #include "runtime/observe/log.h"
 #include "runtime/serving/engine_backend.h"
 #include "runtime/serving/server.h"
@@ -30,6 +33,7 @@ struct ServeOptions {
   ModelOptions model;
   std::string listen = "127.0.0.1:50051";
   std::string kv_listen;
+  std::string kv_memory = "host";  // or "pageable", "file:DIR"
   std::string attention = "auto";
   int queue_capacity = SchedulerOptions{}.queue_capacity;
   int64_t lease_seconds = 30;
@@ -37,6 +41,21 @@ struct ServeOptions {
   int64_t transfer_seconds = 60;
   std::string log_level = "info";
 };
+
+// DIR of "file:DIR".
+std::optional<std::string> KvDirectory(const std::string& kv_memory) {
+  constexpr std::string_view kPrefix = "file:";
+  if (!kv_memory.starts_with(kPrefix) || kv_memory.size() == kPrefix.size()) return std::nullopt;
+  return kv_memory.substr(kPrefix.size());
+}
+
+// A CLI11 check: what is wrong, or nothing.
+std::string CheckKvMemory(const std::string& kv_memory) {
+  if (kv_memory == "host" || kv_memory == "pageable" || KvDirectory(kv_memory)) return {};
+  if (kv_memory == "device")
+    return "KV caches are not kept on the device, only in host, pageable or file:DIR";
+  return absl::StrCat("\"", kv_memory, "\" is not host, pageable or file:DIR");
+}
 
 bool IsWildcard(const std::string& host) { return host.empty() || host == "0.0.0.0" || host == "[::]"; }
 
@@ -74,7 +93,7 @@ absl::StatusOr<ServerOptions> MakeServerOptions(const ServeOptions& options, con
 // The engine's options; --attention replaces everything that "auto" would choose from.
 absl::StatusOr<EngineOptions> MakeServeEngineOptions(const ServeOptions& options, const World& world) {
   LF_ASSIGN_OR_RETURN(EngineOptions engine, MakeEngineOptions(options.model, world));
-  engine.keep_kv = true;
+  engine.keep_kv = !KvDirectory(options.kv_memory);  // files take none of the host's memory
   if (options.attention == "auto") return engine;
   if (engine.attention.patterns) {
     return absl::InvalidArgumentError(
@@ -85,7 +104,8 @@ absl::StatusOr<EngineOptions> MakeServeEngineOptions(const ServeOptions& options
   return engine;
 }
 
-void LogConfiguration(const ServeOptions& options, const EngineOptions& engine, const World& world) {
+void LogConfiguration(const ServeOptions& options, const EngineOptions& engine, Backend& backend,
+                      const World& world) {
   Log(LogLevel::kInfo, "configuration",
       {{"version", kVersion},
        {"commit", kGitCommit},
@@ -95,8 +115,10 @@ void LogConfiguration(const ServeOptions& options, const EngineOptions& engine, 
        {"mesh", ToString(engine.mesh)},
        {"listen", options.listen},
        {"kv_listen", options.kv_listen},
-       {"device", options.model.device},
-       {"threads", engine.num_threads},
+       {"device", backend.facts().name},
+       {"compute_dtype", std::string(DTypeName(backend.kernels().compute_dtype()))},
+       {"threads", engine.device.num_threads},
+       {"kv_memory", options.kv_memory},
        {"attention", options.attention},
        {"dense_below", engine.attention.dense_below},
        {"patterns", options.model.patterns_path},
@@ -109,12 +131,29 @@ void LogConfiguration(const ServeOptions& options, const EngineOptions& engine, 
 
 // What one rank of the service is made of, in the order in which it is built.
 struct Rank {
-  CpuMemoryResource memory;
+  std::shared_ptr<Backend> device;
+  std::unique_ptr<FileMemoryResource> kv_files;
+  CpuMemoryResource pageable;
+  MemoryResource* kv_memory = nullptr;
   std::unique_ptr<Server> server;
   std::unique_ptr<PrefillEngine> engine;
   std::unique_ptr<PrefillBackend> backend;
   std::unique_ptr<Watchdog> watchdog;
 };
+
+// The device, and the memory that --kv-memory names.
+absl::Status OpenDevice(const ServeOptions& options, const EngineOptions& engine, Rank& rank) {
+  LF_ASSIGN_OR_RETURN(rank.device, CreateBackend(engine.device));
+  if (const std::optional<std::string> directory = KvDirectory(options.kv_memory); directory) {
+    LF_ASSIGN_OR_RETURN(rank.kv_files, FileMemoryResource::Create(*directory));
+    rank.kv_memory = rank.kv_files.get();
+  } else if (options.kv_memory == "pageable") {
+    rank.kv_memory = &rank.pageable;
+  } else {
+    rank.kv_memory = &rank.device->host_memory();
+  }
+  return absl::OkStatus();
+}
 
 // Collective: everything up to the moment when prompts are taken. Every rank gets the same error.
 absl::Status Build(const ServeOptions& options, World& world, Rank& rank) {
@@ -123,12 +162,13 @@ absl::Status Build(const ServeOptions& options, World& world, Rank& rank) {
   const absl::StatusOr<ServerOptions> server_options = MakeServerOptions(options, world, several_hosts);
   const absl::StatusOr<EngineOptions> engine_options = MakeServeEngineOptions(options, world);
   LF_RETURN_IF_ERROR(world.Agree(server_options.ok() ? engine_options.status() : server_options.status()));
-  if (world.rank() == 0) LogConfiguration(options, *engine_options, world);
+  LF_RETURN_IF_ERROR(world.Agree(OpenDevice(options, *engine_options, rank)));
+  if (world.rank() == 0) LogConfiguration(options, *engine_options, *rank.device, world);
 
-  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(*server_options, &rank.memory);
+  absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(*server_options, rank.kv_memory);
   LF_RETURN_IF_ERROR(world.Agree(server.status()));
   rank.server = std::move(*server);
-  LF_ASSIGN_OR_RETURN(rank.engine, PrefillEngine::Create(*engine_options, world.communicator()));
+  LF_ASSIGN_OR_RETURN(rank.engine, PrefillEngine::Create(*engine_options, world.communicator(), rank.device));
   rank.backend = MakeEngineBackend(rank.engine.get());
 
   GroupInfo group;
@@ -192,6 +232,11 @@ Command AddServeCommand(CLI::App& program) {
                   "where ranks serve their KV pages: rank r at PORT + r, with port 0 at any free one\n"
                   "(default: rank 0 at --listen, the others on its host at any free port)")
       ->type_name("HOST:PORT");
+  app->add_option("--kv-memory", options->kv_memory,
+                  "where KV caches are until they have been read: host (default, page-locked for a GPU);\n"
+                  "pageable; or file:DIR, unnamed files in DIR, for caches larger than the host's memory")
+      ->type_name("WHERE")
+      ->check(CheckKvMemory, "WHERE");
   AddMeshOption(*app, options->model);
   app->add_option(
          "--attention", options->attention,

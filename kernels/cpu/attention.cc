@@ -48,7 +48,10 @@ absl::Status CheckSequence(const AttentionParams& params, const AttentionSequenc
     return bad(sequence.indices.size(), " indices for ", params.num_q_heads, " query heads");
   }
   for (size_t head = 0; head < sequence.indices.size(); ++head) {
-    if (sequence.indices[head] == nullptr) return bad("index of query head ", head, " is null");
+    const IndexView& index = sequence.indices[head];
+    const bool missing =
+        index.form == IndexView::Form::kBlockList ? index.key_blocks == nullptr : index.counts == nullptr;
+    if (missing) return bad("index of query head ", head, " is null");
   }
   return absl::OkStatus();
 }
@@ -120,27 +123,27 @@ class TileRunner {
     const int64_t block_position = task.row_block * kRowBlock;
     const int64_t q_row = sequence.q_begin + task.row_begin;
     StartAttentionTile(tile_,
-                       params_.q.data + task.head * params_.q.head_stride + q_row * params_.q.row_stride,
+                       static_cast<const float*>(params_.q.data) + task.head * params_.q.head_stride +
+                           q_row * params_.q.row_stride,
                        params_.q.row_stride, num_rows, params_.scale);
     PlaceLanes(num_rows, block_position);
     const int64_t kv_head = params_.kv_head.empty() ? task.head / (params_.num_q_heads / params_.num_kv_heads)
                                                     : params_.kv_head[static_cast<size_t>(task.head)];
-    k_ = params_.k.data + kv_head * params_.k.head_stride;
-    v_ = params_.v.data + kv_head * params_.v.head_stride;
+    k_ = static_cast<const float*>(params_.k.data) + kv_head * params_.k.head_stride;
+    v_ = static_cast<const float*>(params_.v.data) + kv_head * params_.v.head_stride;
 
     keys_.Clear();
-    ExpandTile(*sequence.indices[static_cast<size_t>(task.head)], task.row_block, sequence.num_tokens,
-               &keys_);
+    ExpandTile(sequence.indices[static_cast<size_t>(task.head)], task.row_block, sequence.num_tokens, &keys_);
     chunk_.num_keys = 0;
     chunk_.masked = false;
     AddColumns(block_position);
     for (const KeyRange& range : keys_.ranges) AddRange(range, block_position);
     Flush();
     float* lse = params_.lse == nullptr ? nullptr : params_.lse + task.head * params_.lse_head_stride + q_row;
-    FinishAttentionTile(
-        tile_, num_rows, params_.merge,
-        params_.out.data + task.head * params_.out.head_stride + q_row * params_.out.row_stride,
-        params_.out.row_stride, lse);
+    FinishAttentionTile(tile_, num_rows, params_.merge,
+                        static_cast<float*>(params_.out.data) + task.head * params_.out.head_stride +
+                            q_row * params_.out.row_stride,
+                        params_.out.row_stride, lse);
   }
 
   int64_t covered_pairs() const { return covered_pairs_; }
@@ -243,8 +246,6 @@ int64_t CpuAttentionWorkspaceBytes(int64_t head_dim, int num_threads) {
 
 absl::Status CpuAttention(const AttentionParams& params, Workspace workspace, ThreadPool& pool,
                           TileKeysOfWorkers& keys) {
-  if (params.covered_pairs != nullptr) *params.covered_pairs = 0;
-  if (params.computed_pairs != nullptr) *params.computed_pairs = 0;
   LF_RETURN_IF_ERROR(CheckParams(params));
   int64_t num_rows = 0;
   for (const AttentionSequence& sequence : params.sequences) num_rows += sequence.q_end - sequence.q_begin;
@@ -266,8 +267,8 @@ absl::Status CpuAttention(const AttentionParams& params, Workspace workspace, Th
       computed.fetch_add(runner.computed_pairs(), std::memory_order_relaxed);
     });
   }
-  if (params.covered_pairs != nullptr) *params.covered_pairs = covered.load();
-  if (params.computed_pairs != nullptr) *params.computed_pairs = computed.load();
+  if (params.covered_pairs != nullptr) *params.covered_pairs += covered.load();
+  if (params.computed_pairs != nullptr) *params.computed_pairs += computed.load();
   return absl::OkStatus();
 }
 

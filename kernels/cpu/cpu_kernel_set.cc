@@ -4,11 +4,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/block_selection.h"
+#include "kernels/cpu/block_selection_simd.h"
+#include "kernels/cpu/copy.h"
 #include "kernels/cpu/elementwise.h"
 #include "kernels/cpu/gemm.h"
+#include "kernels/cpu/index.h"
 #include "kernels/cpu/last_query.h"
 #include "kernels/cpu/selection.h"
-#include "kernels/cpu/selection_simd.h"
 
 namespace longfill {
 namespace {
@@ -23,7 +26,21 @@ class CpuKernelSet final : public KernelSet {
 
   std::string_view name() const override { return name_; }
   DeviceKind device() const override { return DeviceKind::kCpu; }
+  DType compute_dtype() const override { return DType::kFloat32; }
   MemoryResource& memory() override { return memory_; }
+  int64_t preferred_rows() const override { return 2048; }
+
+  absl::Status CopyIn(void* to, const void* host, int64_t bytes, Stream&) override {
+    return CpuCopy(to, host, bytes, pool_);
+  }
+  absl::Status CopyOut(void* host, const void* from, int64_t bytes, Stream&) override {
+    return CpuCopy(host, from, bytes, pool_);
+  }
+  absl::Status Copy2D(const Copy2DParams& params, Stream&) override { return CpuCopy2D(params, pool_); }
+  absl::Status Zero(void* data, int64_t bytes, Stream&) override { return CpuZero(data, bytes, pool_); }
+  absl::Status FillRandom(const FillRandomParams& params, Stream&) override {
+    return CpuFillRandom(params, pool_);
+  }
 
   absl::Status Embed(const EmbedParams& params, Stream&) override { return CpuEmbed(params, pool_); }
   absl::Status RmsNorm(const RmsNormParams& params, Stream&) override { return CpuRmsNorm(params, pool_); }
@@ -39,14 +56,15 @@ class CpuKernelSet final : public KernelSet {
   }
   absl::Status Rotary(const RotaryParams& params, Stream&) override { return CpuRotary(params, pool_); }
 
-  int64_t AttentionWorkspaceBytes(int64_t head_dim) const override {
-    return CpuAttentionWorkspaceBytes(head_dim, pool_.num_threads());
+  int64_t AttentionWorkspaceBytes(const AttentionBounds& bounds) const override {
+    return CpuAttentionWorkspaceBytes(bounds.head_dim, pool_.num_threads());
   }
   absl::Status Attention(const AttentionParams& params, Workspace workspace, Stream&) override {
     return CpuAttention(params, workspace, pool_, tile_keys_);
   }
 
-  int64_t LastQueryWorkspaceBytes(int64_t head_dim) const override {
+  int64_t LastQueryWorkspaceBytes(int64_t /*num_heads*/, int64_t /*num_keys*/,
+                                  int64_t head_dim) const override {
     return CpuLastQueryWorkspaceBytes(head_dim, pool_.num_threads());
   }
   absl::Status LastQueryRowMax(const LastQueryParams& params, float* row_max, Workspace workspace,
@@ -61,12 +79,41 @@ class CpuKernelSet final : public KernelSet {
                               const LastQueryScores& scores, Workspace workspace, Stream&) override {
     return CpuLastQueryScore(params, row_max, row_sum, scores, workspace, pool_);
   }
-  absl::Status SelectionHistogram(const SelectionHistogramParams& params, Stream&) override {
-    return CpuSelectionHistogram(params, pool_);
+  absl::Status JoinScores(const JoinScoresParams& params, Stream&) override {
+    return CpuJoinScores(params, pool_);
+  }
+  absl::Status SelectionStart(std::span<const int64_t> budgets, SelectionCut* cuts, Stream&) override {
+    return CpuSelectionStart(budgets, cuts);
+  }
+  absl::Status SelectionHistogram(const SelectionLists& lists, int pass, const SelectionCut* cuts,
+                                  uint64_t* histogram, Stream&) override {
+    return CpuSelectionHistogram(lists, pass, cuts, histogram, pool_);
+  }
+  absl::Status SelectionAdvance(int64_t num_lists, int pass, const uint64_t* histogram, SelectionCut* cuts,
+                                Stream&) override {
+    return CpuSelectionAdvance(num_lists, pass, histogram, cuts);
+  }
+  absl::Status SelectionMark(const SelectionLists& lists, const SelectionCut* cuts, uint64_t* bits,
+                             int64_t words_per_list, Stream&) override {
+    return CpuSelectionMark(lists, cuts, bits, words_per_list, pool_);
+  }
+  int64_t BuildIndexWorkspaceBytes(int64_t /*num_heads*/, int64_t /*words_per_list*/) const override {
+    return 0;
+  }
+  absl::Status BuildIndex(const BuildIndexParams& params, Workspace, Stream&) override {
+    return CpuBuildIndex(params, pool_);
+  }
+  int64_t CountPairsWorkspaceBytes(int64_t /*num_heads*/, int64_t /*num_tokens*/) const override { return 0; }
+  absl::Status CountPairs(const CountPairsParams& params, Workspace, Stream&) override {
+    return CpuCountPairs(params, pool_);
   }
   absl::Status Pool(const PoolParams& params, Stream&) override { return CpuPool(params, pool_); }
-  absl::Status SelectBlocks(const SelectBlocksParams& params, Stream&) override {
-    return CpuSelectBlocks(params, memory_, pool_);
+  int64_t SelectBlocksWorkspaceBytes(int64_t num_row_blocks, int64_t num_key_blocks,
+                                     int64_t head_dim) const override {
+    return CpuSelectBlocksWorkspaceBytes(num_row_blocks, num_key_blocks, head_dim, pool_.num_threads());
+  }
+  absl::Status SelectBlocks(const SelectBlocksParams& params, Workspace workspace, Stream&) override {
+    return CpuSelectBlocks(params, workspace, pool_);
   }
 
  private:

@@ -37,6 +37,10 @@ absl::Status CheckRotary(const RotaryParams& params) {
     return absl::InvalidArgumentError(absl::StrCat(
         "rotary: rotary_dim ", params.rotary_dim, " is not an even number up to head_dim ", params.head_dim));
   }
+  if (static_cast<int64_t>(params.inv_freq.size()) != params.rotary_dim / 2) {
+    return absl::InvalidArgumentError(absl::StrCat("rotary: inv_freq has ", params.inv_freq.size(),
+                                                   " entries for rotary_dim ", params.rotary_dim));
+  }
   LF_RETURN_IF_ERROR(CheckAtLeast("rotary", "x_stride", params.x_stride, params.num_heads * params.head_dim));
   LF_RETURN_IF_ERROR(CheckAtLeast("rotary", "head_stride", params.head_stride,
                                   (params.row_offset + params.num_rows) * params.head_dim));
@@ -78,16 +82,17 @@ absl::Status CpuEmbed(const EmbedParams& params, ThreadPool& pool) {
     return absl::UnimplementedError(
         absl::StrCat("embed: no variant for a table of ", std::string(DTypeName(params.table_dtype))));
   }
+  LF_RETURN_IF_ERROR(CheckAtLeast("embed", "num_rows", params.num_rows, 0));
   LF_RETURN_IF_ERROR(CheckAtLeast("embed", "width", params.width, 0));
-  for (size_t i = 0; i < params.ids.size(); ++i) {
+  for (int64_t i = 0; i < params.num_rows; ++i) {
     if (params.ids[i] < 0 || params.ids[i] >= params.vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat("embed: id ", params.ids[i], " at ", i,
                                                      " is outside of the vocabulary of ", params.vocab_size));
     }
   }
-  ForRows(pool, static_cast<int64_t>(params.ids.size()), params.width, [&](int64_t row) {
-    const int64_t offset = int64_t{params.ids[static_cast<size_t>(row)]} * params.width;
-    float* out = params.out + row * params.width;
+  ForRows(pool, params.num_rows, params.width, [&](int64_t row) {
+    const int64_t offset = int64_t{params.ids[row]} * params.width;
+    float* out = static_cast<float*>(params.out) + row * params.width;
     if (params.table_dtype == DType::kFloat32) {
       std::memcpy(out, static_cast<const float*>(params.table) + offset,
                   static_cast<size_t>(params.width) * sizeof(float));
@@ -101,9 +106,10 @@ absl::Status CpuEmbed(const EmbedParams& params, ThreadPool& pool) {
 absl::Status CpuRmsNorm(const RmsNormParams& params, ThreadPool& pool) {
   LF_RETURN_IF_ERROR(CheckAtLeast("rms norm", "num_rows", params.num_rows, 0));
   LF_RETURN_IF_ERROR(CheckAtLeast("rms norm", "width", params.width, 1));
+  const float* x = static_cast<const float*>(params.x);
+  float* out = static_cast<float*>(params.out);
   ForRows(pool, params.num_rows, params.width, [&](int64_t row) {
-    RmsNormRow(params.x + row * params.width, params.weight, params.epsilon, params.width,
-               params.out + row * params.width);
+    RmsNormRow(x + row * params.width, params.weight, params.epsilon, params.width, out + row * params.width);
   });
   return absl::OkStatus();
 }
@@ -116,9 +122,12 @@ absl::Status CpuGatedActivation(const GatedActivationParams& params, ThreadPool&
     return absl::UnimplementedError(
         absl::StrCat("gated activation: no variant ", static_cast<int>(params.activation)));
   }
+  const float* gate = static_cast<const float*>(params.gate);
+  const float* up = static_cast<const float*>(params.up);
+  float* out = static_cast<float*>(params.out);
   ForRows(pool, params.num_rows, params.width, [&](int64_t row) {
-    GatedActivationRow(params.gate + row * params.in_stride, params.up + row * params.in_stride,
-                       params.activation, params.width, params.out + row * params.width);
+    GatedActivationRow(gate + row * params.in_stride, up + row * params.in_stride, params.activation,
+                       params.width, out + row * params.width);
   });
   return absl::OkStatus();
 }
@@ -126,18 +135,20 @@ absl::Status CpuGatedActivation(const GatedActivationParams& params, ThreadPool&
 absl::Status CpuRotary(const RotaryParams& params, ThreadPool& pool) {
   if (params.num_rows == 0 || params.num_heads == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(CheckRotary(params));
+  const float* x = static_cast<const float*>(params.x);
+  float* out = static_cast<float*>(params.out);
   ForRows(pool, params.num_rows, params.num_heads * params.head_dim, [&](int64_t row) {
     float cosine[kMaxHeadDim / 2];
     float sine[kMaxHeadDim / 2];
     const double position = static_cast<double>(params.positions.Position(params.row_offset + row));
     for (int64_t i = 0; i < params.rotary_dim / 2; ++i) {
-      const double angle = position * params.inv_freq[i];
+      const double angle = position * params.inv_freq[static_cast<size_t>(i)];
       cosine[i] = static_cast<float>(params.attention_scale * std::cos(angle));
       sine[i] = static_cast<float>(params.attention_scale * std::sin(angle));
     }
     for (int64_t head = 0; head < params.num_heads; ++head) {
-      RotateRow(params.x + row * params.x_stride + head * params.head_dim, cosine, sine, params,
-                params.out + head * params.head_stride + (params.row_offset + row) * params.head_dim);
+      RotateRow(x + row * params.x_stride + head * params.head_dim, cosine, sine, params,
+                out + head * params.head_stride + (params.row_offset + row) * params.head_dim);
     }
   });
   return absl::OkStatus();

@@ -56,6 +56,10 @@ absl::Status Check(const GemmParams& params, Workspace workspace, int num_thread
     return absl::UnimplementedError(
         absl::StrCat("gemm: no variant for weights of ", std::string(DTypeName(params.weight_dtype))));
   }
+  if (params.out_dtype != DType::kFloat32) {
+    return absl::UnimplementedError(
+        absl::StrCat("gemm: no variant for an output of ", std::string(DTypeName(params.out_dtype))));
+  }
   return CheckWorkspace("gemm", workspace, CpuGemmWorkspaceBytes(params.in_width, num_threads));
 }
 
@@ -79,9 +83,9 @@ class GemmTask {
       for (int64_t call = 0; call < calls; ++call) {
         const int64_t begin = row_begin + PartBegin(num_rows, calls, kMinRows, call);
         const int64_t end = row_begin + PartBegin(num_rows, calls, kMinRows, call + 1);
-        LF_RETURN_IF_ERROR(SingleThreadSgemm(params_.x + begin * params_.x_stride, params_.x_stride, weight,
-                                             end - begin, num_columns, params_.in_width, params_.accumulate,
-                                             Out(begin, column_begin), params_.out_stride));
+        LF_RETURN_IF_ERROR(SingleThreadSgemm(Row(begin), params_.x_stride, weight, end - begin, num_columns,
+                                             params_.in_width, params_.accumulate, Out(begin, column_begin),
+                                             params_.out_stride));
       }
     }
     if (params_.bias != nullptr) AddBias(row_begin, row_end, column_begin, num_columns);
@@ -89,7 +93,12 @@ class GemmTask {
   }
 
  private:
-  float* Out(int64_t row, int64_t column) const { return params_.out + row * params_.out_stride + column; }
+  const float* Row(int64_t row) const {
+    return static_cast<const float*>(params_.x) + row * params_.x_stride;
+  }
+  float* Out(int64_t row, int64_t column) const {
+    return static_cast<float*>(params_.out) + row * params_.out_stride + column;
+  }
 
   const float* Weight(int64_t column_begin, int64_t column_end) {
     const int64_t offset = column_begin * params_.in_width;
@@ -105,7 +114,7 @@ class GemmTask {
     std::memset(padded_x_, 0, static_cast<size_t>(kMinRows * in_width) * sizeof(float));
     std::memset(padded_out_, 0, static_cast<size_t>(kMinRows * num_columns) * sizeof(float));
     for (int64_t row = 0; row < num_rows; ++row) {
-      std::memcpy(padded_x_ + row * in_width, params_.x + (row_begin + row) * params_.x_stride,
+      std::memcpy(padded_x_ + row * in_width, Row(row_begin + row),
                   static_cast<size_t>(in_width) * sizeof(float));
       if (params_.accumulate) {
         std::memcpy(padded_out_ + row * num_columns, Out(row_begin + row, column_begin),
@@ -122,7 +131,7 @@ class GemmTask {
   }
 
   void AddBias(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t num_columns) {
-    const float* bias = params_.bias + column_begin;
+    const float* bias = static_cast<const float*>(params_.bias) + column_begin;
     for (int64_t row = row_begin; row < row_end; ++row) {
       float* out = Out(row, column_begin);
       for (int64_t i = 0; i < num_columns; ++i) out[i] += bias[i];

@@ -66,7 +66,8 @@ void ForKeyStretches(const LastQueryParams& params, Workspace workspace, ThreadP
     const int64_t list = task / stretches;
     const int64_t first_block = task % stretches * kBlocksPerTask;
     float* queries = reinterpret_cast<float*>(PartOf(workspace, worker, PartBytes(params.head_dim)));
-    const float* q = params.q.data + params.heads[static_cast<size_t>(list)] * params.q.head_stride;
+    const float* q = static_cast<const float*>(params.q.data) +
+                     params.heads[static_cast<size_t>(list)] * params.q.head_stride;
     for (int64_t i = 0; i < params.head_dim; ++i) {
       for (int64_t lane = 0; lane < kTileLanes; ++lane) {
         queries[i * kTileLanes + lane] =
@@ -85,7 +86,8 @@ void ForKeyStretches(const LastQueryParams& params, Workspace workspace, ThreadP
 
 LastQueryKeys KeysOfBlock(const LastQueryParams& params, int64_t list, int64_t block) {
   const int64_t group = params.num_q_heads / params.num_kv_heads;
-  const float* k = params.k.data + params.heads[static_cast<size_t>(list)] / group * params.k.head_stride;
+  const float* k = static_cast<const float*>(params.k.data) +
+                   params.heads[static_cast<size_t>(list)] / group * params.k.head_stride;
   const int64_t begin = block * kSelectionBlock;
   LastQueryKeys keys;
   keys.num_keys = std::min(params.num_keys, begin + kSelectionBlock) - begin;
@@ -162,6 +164,8 @@ absl::Status CpuLastQueryScore(const LastQueryParams& params, const float* row_m
                                const LastQueryScores& scores, Workspace workspace, ThreadPool& pool) {
   if (params.heads.empty()) return absl::OkStatus();
   LF_RETURN_IF_ERROR(Check(params, workspace, pool.num_threads()));
+  LF_RETURN_IF_ERROR(
+      CheckAtLeast("last-query scores", "vertical_stride", scores.vertical_stride, params.num_keys));
   const int64_t num_blocks = NumBlocks(params);
   ForKeyStretches(
       params, workspace, pool,
@@ -176,7 +180,7 @@ absl::Status CpuLastQueryScore(const LastQueryParams& params, const float* row_m
         }
         for (; block < end_block; ++block) {
           LastQueryProbabilities(tile, KeysOfBlock(params, list, block), max, inverse_sum,
-                                 scores.vertical + list * params.num_keys + block * kSelectionBlock,
+                                 scores.vertical + list * scores.vertical_stride + block * kSelectionBlock,
                                  scores.slash + (list * num_blocks + block) * kDiagonalWindow);
         }
       });

@@ -3,189 +3,212 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
-#include <functional>
-#include <vector>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/selection_simd.h"
 #include "kernels/cpu/workspace.h"
 
 namespace longfill {
 namespace {
 
-constexpr int64_t kKeysPerTask = int64_t{1} << 16;
-constexpr int kMaxLocalBins = 4096;
+constexpr int64_t kEntriesPerTask = int64_t{1} << 16;
+constexpr float kForced = std::numeric_limits<float>::infinity();
+constexpr uint64_t kNoThreshold = ~uint64_t{0};  // no key is as large
 
-absl::Status CheckHistogram(const SelectionHistogramParams& params) {
-  LF_RETURN_IF_ERROR(CheckAtLeast("selection histogram", "num_keys", params.num_keys, 0));
-  LF_RETURN_IF_ERROR(CheckAtLeast("selection histogram", "list_stride", params.list_stride, params.num_keys));
-  if (params.num_bins < 1 || !std::has_single_bit(static_cast<unsigned>(params.num_bins))) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("selection histogram: num_bins ", params.num_bins, " is not a power of two"));
-  }
-  if (params.num_bins > kMaxLocalBins) {
-    return absl::UnimplementedError(absl::StrCat("selection histogram: no variant for ", params.num_bins,
-                                                 " bins, at most ", kMaxLocalBins));
-  }
-  if (params.prefix_shift < 0 || params.prefix_shift > 64 || params.digit_shift < 0 ||
-      params.digit_shift > 63) {
-    return absl::InvalidArgumentError(absl::StrCat("selection histogram: prefix_shift ", params.prefix_shift,
-                                                   " or digit_shift ", params.digit_shift, " out of range"));
-  }
-  if (params.prefix_shift < 64 && params.prefixes == nullptr) {
-    return absl::InvalidArgumentError("selection histogram: prefix_shift below 64 needs prefixes");
-  }
-  return absl::OkStatus();
+int64_t NumBlocks(int64_t num_keys) { return (num_keys + kSelectionBlock - 1) / kSelectionBlock; }
+
+// Larger scores first, then smaller indices; unique where the index is.
+uint64_t SelectionKey(float score, int64_t index) {
+  return uint64_t{std::bit_cast<uint32_t>(score)} << 32 | (0xFFFFFFFFU - static_cast<uint32_t>(index));
 }
 
-// Ascending unsigned order is the order of the values; -0 counts as 0.
-uint32_t OrderedBits(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value + 0.0F);
-  return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
+absl::Status CheckPositions(std::string_view operation, const PositionMap& map) {
+  if (map.first >= 0 && map.block >= 1 && map.stride >= map.block) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(std::string(operation), ": position map first ", map.first,
+                                                 " block ", map.block, " stride ", map.stride));
 }
 
-// Larger first by score, then by lower block.
-uint64_t BlockKey(float score, int64_t block) {
-  return uint64_t{OrderedBits(score)} << 32 | (0xFFFFFFFFU - static_cast<uint32_t>(block));
+absl::Status CheckLists(std::string_view operation, const SelectionLists& lists) {
+  LF_RETURN_IF_ERROR(CheckAtLeast(operation, "num_lists", lists.num_lists, 0));
+  LF_RETURN_IF_ERROR(CheckAtLeast(operation, "num_entries", lists.num_entries, 0));
+  LF_RETURN_IF_ERROR(CheckAtLeast(operation, "list_stride", lists.list_stride, lists.num_entries));
+  LF_RETURN_IF_ERROR(CheckPositions(operation, lists.positions));
+  if (lists.num_entries == 0) return absl::OkStatus();
+  const int64_t last = lists.positions.Position(lists.num_entries - 1);
+  return CheckAtLeast(operation, "last_query", lists.last_query, last);
 }
-uint64_t ForcedKey(uint32_t rank, int64_t block) {
-  return uint64_t{rank} << 32 | (0xFFFFFFFFU - static_cast<uint32_t>(block));
-}
-int64_t BlockOfKey(uint64_t key) { return 0xFFFFFFFFU - static_cast<uint32_t>(key); }
 
-absl::Status CheckSelectBlocks(const SelectBlocksParams& params) {
-  LF_RETURN_IF_ERROR(CheckHeadDim("block selection", params.head_dim));
-  LF_RETURN_IF_ERROR(CheckAtLeast("block selection", "num_blocks", params.num_blocks, 1));
-  for (int32_t block : params.row_blocks) {
-    if (block < 0 || block >= params.num_key_blocks) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("block selection: row block ", block, " of ", params.num_key_blocks, " key blocks"));
+absl::Status CheckPass(std::string_view operation, int pass) {
+  if (pass >= 0 && pass < kSelectionPasses) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(std::string(operation), ": pass ", pass, " of ", kSelectionPasses));
+}
+
+// Lowest bit of the digit of a pass.
+int DigitShift(int pass) {
+  int shift = 64;
+  for (int i = 0; i <= pass; ++i) shift -= kSelectionDigitBits[i];
+  return shift;
+}
+
+// Calls body(key, index) for entries [begin, end) of a list.
+template <typename Body>
+void ForKeys(const SelectionLists& lists, int64_t list, int64_t begin, int64_t end, const Body& body) {
+  const float* scores = lists.scores + list * lists.list_stride;
+  const bool distances = list % 2 == 1;
+  while (begin < end) {  // one piece of consecutive positions at a time
+    const int64_t piece_end = std::min(end, (begin / lists.positions.block + 1) * lists.positions.block);
+    const int64_t first = lists.positions.Position(begin) - begin;
+    for (int64_t e = begin; e < piece_end; ++e) {
+      const int64_t index = distances ? lists.last_query - (first + e) : first + e;
+      body(SelectionKey(scores[e], index), index);
     }
+    begin = piece_end;
   }
-  return absl::OkStatus();
 }
 
-// Up to 64 row blocks against all key blocks, in the scratch of one worker.
-class BlockSelectionTask {
- public:
-  // Scratch: packed queries, scores, keys to select from.
-  static int64_t ScratchBytes(int64_t head_dim, int64_t num_key_blocks) {
-    return (head_dim + num_key_blocks) * kTileLanes * static_cast<int64_t>(sizeof(float)) +
-           num_key_blocks * static_cast<int64_t>(sizeof(uint64_t) + sizeof(const float*));
-  }
+// Calls body(list, begin, end) for stretches of the entries of all lists for which `wanted`.
+template <typename Wanted, typename Body>
+void ForStretches(const SelectionLists& lists, ThreadPool& pool, const Wanted& wanted, const Body& body) {
+  const int64_t stretches = (lists.num_entries + kEntriesPerTask - 1) / kEntriesPerTask;
+  pool.ParallelFor(lists.num_lists * stretches, [&](int64_t task, int) {
+    const int64_t list = task / stretches;
+    if (!wanted(list)) return;
+    const int64_t begin = task % stretches * kEntriesPerTask;
+    body(list, begin, std::min(lists.num_entries, begin + kEntriesPerTask));
+  });
+}
 
-  BlockSelectionTask(const SelectBlocksParams& params, char* scratch) : params_(params) {
-    packed_ = reinterpret_cast<float*>(scratch);
-    scores_ = packed_ + params.head_dim * kTileLanes;
-    keys_ = reinterpret_cast<uint64_t*>(scores_ + params.num_key_blocks * kTileLanes);
-    rows_ = reinterpret_cast<const float**>(keys_ + params.num_key_blocks);
-  }
-
-  void Run(int64_t begin, int64_t end) {
-    int64_t num_key_blocks = 0;
-    for (int64_t i = begin; i < end; ++i) num_key_blocks = std::max<int64_t>(num_key_blocks, RowBlock(i) + 1);
-    for (int64_t i = 0; i < params_.head_dim; ++i) {
-      for (int64_t lane = 0; lane < kTileLanes; ++lane) {
-        packed_[i * kTileLanes + lane] =
-            begin + lane < end ? params_.pooled_q[(begin + lane) * params_.head_dim + i] : 0.0F;
-      }
+// Takes the next digit from the histogram. Without enough keys the list stays as it is, and every later
+// histogram has too few as well.
+void AdvanceCut(const uint64_t* histogram, int pass, SelectionCut* cut) {
+  const int digit_bits = kSelectionDigitBits[pass];
+  int64_t above = 0;
+  for (int64_t bin = (int64_t{1} << digit_bits) - 1; bin >= 0; --bin) {
+    const int64_t count = static_cast<int64_t>(histogram[bin]);
+    if (above + count < cut->missing) {
+      above += count;
+      continue;
     }
-    for (int64_t n = 0; n < num_key_blocks; ++n) rows_[n] = params_.pooled_k + n * params_.head_dim;
-    ScorePackedRows(packed_, params_.head_dim, rows_, num_key_blocks, scores_);
-    for (int64_t i = begin; i < end; ++i) Select(i, scores_ + (i - begin));
-  }
-
- private:
-  int64_t RowBlock(int64_t i) const { return params_.row_blocks[static_cast<size_t>(i)]; }
-
-  void Select(int64_t i, const float* scores) {
-    const int64_t m = RowBlock(i);
-    const int64_t count = std::min(params_.num_blocks, m + 1);
-    for (int64_t n = 0; n <= m; ++n) keys_[n] = BlockKey(scores[n * kTileLanes], n);
-    if (params_.force) {
-      // Above every finite score, the diagonal first, so that it is what a single block keeps.
-      keys_[0] = ForcedKey(0xFFFFFFFEU, 0);
-      keys_[m] = ForcedKey(0xFFFFFFFFU, m);
+    cut->prefix = cut->prefix << digit_bits | static_cast<uint64_t>(bin);
+    cut->missing -= above;
+    if (count == cut->missing) {  // the whole bin is taken
+      cut->settled = 1;
+      cut->threshold = cut->prefix << DigitShift(pass);
     }
-    if (count <= m) std::nth_element(keys_, keys_ + count - 1, keys_ + m + 1, std::greater<uint64_t>());
-    int32_t* out = params_.selected + i * params_.num_blocks;
-    for (int64_t n = 0; n < count; ++n) out[n] = static_cast<int32_t>(BlockOfKey(keys_[n]));
-    std::sort(out, out + count);
+    return;
   }
+}
 
-  const SelectBlocksParams& params_;
-  float* packed_;
-  float* scores_;  // [num_key_blocks, kTileLanes]
-  uint64_t* keys_;
-  const float** rows_;
-};
+// The two lists of one block of keys.
+void JoinBlock(const JoinScoresParams& params, int64_t head, int64_t block) {
+  const int64_t num_blocks = NumBlocks(params.num_keys);
+  const int64_t row = block * kSelectionBlock;
+  const int64_t rows = std::min(kSelectionBlock, params.num_keys - row);
+  const int64_t first_key = params.key_positions.Position(row);
+  float* vertical = params.scores + 2 * head * params.score_stride + row;
+  float* slash = vertical + params.score_stride;
+  const float* window = params.slash + (head * num_blocks + block) * kDiagonalWindow;
+  const float* before = nullptr;  // what the block before it adds
+  if (params.overlaps != nullptr) {
+    before = params.overlaps + (head * num_blocks + block) * kDiagonalOverlap;
+  } else if (block > 0) {
+    before = window - kDiagonalWindow + kSelectionBlock;
+  }
+  const int64_t joined = before == nullptr ? 0 : std::min(rows, kDiagonalOverlap);
+  for (int64_t e = 0; e < joined; ++e) slash[e] = window[e] + before[e];
+  for (int64_t e = joined; e < rows; ++e) slash[e] = window[e];
+  for (int64_t e = 0; e < rows && first_key + e < params.forced_keys; ++e) vertical[e] = kForced;
+  // Distances fall with the key.
+  const int64_t first_forced = params.last_query - params.forced_distances + 1 - first_key;
+  for (int64_t e = std::max<int64_t>(0, first_forced); e < rows; ++e) slash[e] = kForced;
+}
 
 }  // namespace
 
-absl::Status CpuSelectionHistogram(const SelectionHistogramParams& params, ThreadPool& pool) {
-  if (params.num_lists <= 0) return CheckAtLeast("selection histogram", "num_lists", params.num_lists, 0);
-  LF_RETURN_IF_ERROR(CheckHistogram(params));
-  std::fill_n(params.histogram, params.num_lists * params.num_bins, uint64_t{0});
-  const int64_t parts = (params.num_keys + kKeysPerTask - 1) / kKeysPerTask;
-  pool.ParallelFor(params.num_lists * parts, [&](int64_t task, int) {
-    const int64_t list = task / parts;
-    const int64_t begin = task % parts * kKeysPerTask;
-    const int64_t end = std::min(params.num_keys, begin + kKeysPerTask);
-    const uint64_t* keys = params.keys + list * params.list_stride;
-    const uint64_t mask = static_cast<uint64_t>(params.num_bins) - 1;
-    const bool all = params.prefix_shift == 64;
-    const uint64_t prefix = all ? 0 : params.prefixes[list];
-    uint32_t counts[kMaxLocalBins];
-    std::fill_n(counts, params.num_bins, 0U);
-    for (int64_t i = begin; i < end; ++i) {
-      if (all || keys[i] >> params.prefix_shift == prefix) ++counts[keys[i] >> params.digit_shift & mask];
-    }
-    for (int bin = 0; bin < params.num_bins; ++bin) {
-      if (counts[bin] == 0) continue;
-      std::atomic_ref<uint64_t>(params.histogram[list * params.num_bins + bin])
-          .fetch_add(counts[bin], std::memory_order_relaxed);
-    }
+absl::Status CpuJoinScores(const JoinScoresParams& params, ThreadPool& pool) {
+  constexpr std::string_view kName = "join scores";
+  LF_RETURN_IF_ERROR(CheckAtLeast(kName, "num_heads", params.num_heads, 0));
+  LF_RETURN_IF_ERROR(CheckAtLeast(kName, "num_keys", params.num_keys, 0));
+  LF_RETURN_IF_ERROR(CheckAtLeast(kName, "score_stride", params.score_stride, params.num_keys));
+  LF_RETURN_IF_ERROR(CheckPositions(kName, params.key_positions));
+  const int64_t num_blocks = NumBlocks(params.num_keys);
+  constexpr int64_t kBlocksPerTask = kEntriesPerTask / kSelectionBlock;
+  const int64_t stretches = (num_blocks + kBlocksPerTask - 1) / kBlocksPerTask;
+  pool.ParallelFor(params.num_heads * stretches, [&](int64_t task, int) {
+    const int64_t begin = task % stretches * kBlocksPerTask;
+    const int64_t end = std::min(num_blocks, begin + kBlocksPerTask);
+    for (int64_t block = begin; block < end; ++block) JoinBlock(params, task / stretches, block);
   });
   return absl::OkStatus();
 }
 
-absl::Status CpuPool(const PoolParams& params, ThreadPool& pool) {
-  LF_RETURN_IF_ERROR(CheckAtLeast("pool", "num_heads", params.num_heads, 0));
-  LF_RETURN_IF_ERROR(CheckAtLeast("pool", "num_rows", params.num_rows, 0));
-  LF_RETURN_IF_ERROR(CheckAtLeast("pool", "head_dim", params.head_dim, 0));
-  const int64_t blocks = (params.num_rows + kRowBlock - 1) / kRowBlock;
-  pool.ParallelFor(params.num_heads * blocks, [&](int64_t task, int) {
-    const int64_t head = task / blocks;
-    const int64_t begin = task % blocks * kRowBlock;
-    const int64_t end = std::min(params.num_rows, begin + kRowBlock);
-    float* out = params.out + task * params.head_dim;
-    std::fill_n(out, params.head_dim, 0.0F);
-    // Rows are added in ascending order, each element by itself: the same bits on every machine.
-    for (int64_t row = begin; row < end; ++row) {
-      const float* x = params.x.data + head * params.x.head_stride + row * params.x.row_stride;
-      for (int64_t i = 0; i < params.head_dim; ++i) out[i] += x[i];
-    }
-    for (int64_t i = 0; i < params.head_dim; ++i) out[i] /= static_cast<float>(end - begin);
-  });
+absl::Status CpuSelectionStart(std::span<const int64_t> budgets, SelectionCut* cuts) {
+  for (size_t l = 0; l < budgets.size(); ++l) {
+    LF_RETURN_IF_ERROR(CheckAtLeast("selection start", absl::StrCat("budget of list ", l), budgets[l], 0));
+    cuts[l] = {.threshold = kNoThreshold, .missing = budgets[l], .settled = budgets[l] == 0 ? 1 : 0};
+  }
   return absl::OkStatus();
 }
 
-absl::Status CpuSelectBlocks(const SelectBlocksParams& params, MemoryResource& memory, ThreadPool& pool) {
-  const int64_t num_row_blocks = static_cast<int64_t>(params.row_blocks.size());
-  if (num_row_blocks == 0) return absl::OkStatus();
-  LF_RETURN_IF_ERROR(CheckSelectBlocks(params));
-  const int64_t tasks = (num_row_blocks + kTileLanes - 1) / kTileLanes;
-  const int64_t workers = std::min<int64_t>(tasks, pool.num_threads());
-  const int64_t part_bytes = BlockSelectionTask::ScratchBytes(params.head_dim, params.num_key_blocks);
-  const int64_t scratch_bytes = PartsBytes(workers, part_bytes);
-  LF_ASSIGN_OR_RETURN(const Buffer scratch, memory.Allocate(scratch_bytes, "block selection scratch"));
-  // A share of the tasks for each piece of scratch; workers of the pool may be more than the pieces.
-  pool.ParallelFor(workers, [&](int64_t share, int) {
-    BlockSelectionTask task(params, PartOf({scratch.data(), scratch_bytes}, share, part_bytes));
-    for (int64_t i = share; i < tasks; i += workers) {
-      task.Run(i * kTileLanes, std::min(num_row_blocks, (i + 1) * kTileLanes));
-    }
-  });
+absl::Status CpuSelectionHistogram(const SelectionLists& lists, int pass, const SelectionCut* cuts,
+                                   uint64_t* histogram, ThreadPool& pool) {
+  LF_RETURN_IF_ERROR(CheckLists("selection histogram", lists));
+  LF_RETURN_IF_ERROR(CheckPass("selection histogram", pass));
+  std::fill_n(histogram, lists.num_lists * kSelectionBins, uint64_t{0});
+  const int digit_shift = DigitShift(pass);
+  const int digit_bits = kSelectionDigitBits[pass];
+  const uint64_t mask = (uint64_t{1} << digit_bits) - 1;
+  ForStretches(
+      lists, pool, [cuts](int64_t list) { return cuts[list].settled == 0; },
+      [&](int64_t list, int64_t begin, int64_t end) {
+        uint32_t counts[kSelectionBins] = {};
+        if (pass == 0) {  // no digit is known: all keys count
+          ForKeys(lists, list, begin, end,
+                  [&](uint64_t key, int64_t) { ++counts[key >> digit_shift & mask]; });
+        } else {
+          const uint64_t prefix = cuts[list].prefix;
+          ForKeys(lists, list, begin, end, [&](uint64_t key, int64_t) {
+            const uint64_t digits = key >> digit_shift;
+            if (digits >> digit_bits == prefix) ++counts[digits & mask];
+          });
+        }
+        for (int64_t bin = 0; bin < kSelectionBins; ++bin) {
+          if (counts[bin] == 0) continue;
+          std::atomic_ref<uint64_t>(histogram[list * kSelectionBins + bin])
+              .fetch_add(counts[bin], std::memory_order_relaxed);
+        }
+      });
+  return absl::OkStatus();
+}
+
+absl::Status CpuSelectionAdvance(int64_t num_lists, int pass, const uint64_t* histogram, SelectionCut* cuts) {
+  LF_RETURN_IF_ERROR(CheckAtLeast("selection advance", "num_lists", num_lists, 0));
+  LF_RETURN_IF_ERROR(CheckPass("selection advance", pass));
+  for (int64_t list = 0; list < num_lists; ++list) {
+    if (cuts[list].settled == 0) AdvanceCut(histogram + list * kSelectionBins, pass, cuts + list);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CpuSelectionMark(const SelectionLists& lists, const SelectionCut* cuts, uint64_t* bits,
+                              int64_t words_per_list, ThreadPool& pool) {
+  LF_RETURN_IF_ERROR(CheckLists("selection mark", lists));
+  if (lists.num_entries == 0) return absl::OkStatus();
+  const int64_t words = lists.last_query / 64 + 1;  // positions and distances are at most last_query
+  LF_RETURN_IF_ERROR(CheckAtLeast("selection mark", "words_per_list", words_per_list, words));
+  ForStretches(
+      lists, pool, [cuts](int64_t list) { return cuts[list].settled != 0; },
+      [&](int64_t list, int64_t begin, int64_t end) {
+        const uint64_t threshold = cuts[list].threshold;
+        uint64_t* const out = bits + list * words_per_list;
+        ForKeys(lists, list, begin, end, [&](uint64_t key, int64_t index) {
+          if (key < threshold) return;
+          // Two stretches may meet in one word.
+          std::atomic_ref<uint64_t>(out[index / 64])
+              .fetch_or(uint64_t{1} << index % 64, std::memory_order_relaxed);
+        });
+      });
   return absl::OkStatus();
 }
 

@@ -37,7 +37,7 @@ bool AllCausal(const KeyRange& range) {
 
 // First index >= from with values[index] >= value. Doubling steps: the cost is the log of the way, not of the
 // list.
-size_t GallopUp(const std::vector<int32_t>& values, size_t from, int64_t value) {
+size_t GallopUp(std::span<const int32_t> values, size_t from, int64_t value) {
   size_t step = 1;
   size_t low = from;
   while (low + step <= values.size() && values[low + step - 1] < value) {
@@ -50,7 +50,7 @@ size_t GallopUp(const std::vector<int32_t>& values, size_t from, int64_t value) 
 }
 
 // Number of leading entries below `value`, given that at most `count` are.
-size_t GallopDown(const std::vector<int32_t>& values, size_t count, int64_t value) {
+size_t GallopDown(std::span<const int32_t> values, size_t count, int64_t value) {
   size_t step = 1;
   size_t high = count;
   while (high >= step && values[high - step] >= value) {
@@ -63,7 +63,7 @@ size_t GallopDown(const std::vector<int32_t>& values, size_t count, int64_t valu
 
 // End of the stretch of consecutive positions that starts at values[from]; unique and ascending is what makes
 // the test at one place enough.
-size_t StretchEnd(const std::vector<int32_t>& values, size_t from) {
+size_t StretchEnd(std::span<const int32_t> values, size_t from) {
   const int64_t base = static_cast<int64_t>(values[from]) - static_cast<int64_t>(from);
   const auto consecutive = [&](size_t i) { return values[i] - static_cast<int64_t>(i) == base; };
   size_t low = from;  // known to be in the stretch
@@ -146,7 +146,7 @@ class PairSink {  // counts their pairs; columns may come in larger pieces than 
 template <typename Sink>
 class TileWriter {
  public:
-  TileWriter(const Tile& tile, const std::vector<int32_t>& columns, Sink* sink)
+  TileWriter(const Tile& tile, std::span<const int32_t> columns, Sink* sink)
       : tile_(tile), columns_(columns), sink_(sink) {}
 
   void AddRange(KeyRange range) {
@@ -219,19 +219,38 @@ class TileWriter {
   }
 
   const Tile tile_;
-  const std::vector<int32_t>& columns_;
+  const std::span<const int32_t> columns_;
   Sink* const sink_;
   size_t next_column_ = 0;
   int64_t position_ = 0;  // end of the ranges so far
 };
 
+std::span<const int32_t> ColumnsOf(const IndexView& index) {
+  return {index.columns, static_cast<size_t>(index.counts->columns)};
+}
+std::span<const int32_t> DistancesOf(const IndexView& index) {
+  return {index.distances, static_cast<size_t>(index.counts->distances)};
+}
+std::span<const DistanceRun> RunsOf(const IndexView& index) {
+  return {index.runs, static_cast<size_t>(index.counts->runs)};
+}
+std::span<const int32_t> KeyBlocksOf(const IndexView& index, int64_t row_block) {
+  if (index.row_offsets == nullptr) {
+    return {index.key_blocks + row_block * index.row_length,
+            static_cast<size_t>(std::min(index.row_length, row_block + 1))};
+  }
+  const int64_t begin = index.row_offsets[row_block];
+  return {index.key_blocks + begin, static_cast<size_t>(index.row_offsets[row_block + 1] - begin)};
+}
+
 template <typename Sink>
-void ExpandRuns(const DiagonalColumnIndex& index, const Tile& tile, Sink* sink) {
-  TileWriter<Sink> writer(tile, index.columns, sink);
+void ExpandRuns(const IndexView& index, const Tile& tile, Sink* sink) {
+  TileWriter<Sink> writer(tile, ColumnsOf(index), sink);
   // Runs ascend in distance, so keys ascend from the last run that reaches the tile to the first.
-  auto run = std::upper_bound(index.runs.begin(), index.runs.end(), tile.last_row,
+  const std::span<const DistanceRun> runs = RunsOf(index);
+  auto run = std::upper_bound(runs.begin(), runs.end(), tile.last_row,
                               [](int64_t distance, const DistanceRun& r) { return distance < r.d_lo; });
-  while (run != index.runs.begin()) {
+  while (run != runs.begin()) {
     --run;
     KeyRange range{tile.first_row - run->d_hi + 1, tile.last_row + 1 - run->d_lo, 0, kNoMaxDistance};
     if (run->exact) {
@@ -245,7 +264,7 @@ void ExpandRuns(const DiagonalColumnIndex& index, const Tile& tile, Sink* sink) 
 
 // Calls emit(begin, end) for every run of the published walk (coverage.h, AppendPublishedRuns).
 template <typename Emit>
-void WalkPublishedRuns(const std::vector<int32_t>& distances, int64_t row_block, const Emit& emit) {
+void WalkPublishedRuns(std::span<const int32_t> distances, int64_t row_block, const Emit& emit) {
   const int64_t end = (row_block + 1) * kRowBlock;
   size_t below = std::lower_bound(distances.begin(), distances.end(), end) - distances.begin();
   if (below == 0) return;
@@ -274,10 +293,10 @@ void WalkPublishedRuns(const std::vector<int32_t>& distances, int64_t row_block,
 // Columns inside a run or beyond the last run are dropped, as published, even where the run overshoots the
 // tile.
 template <typename Sink>
-void ExpandPublished(const DiagonalColumnIndex& index, int64_t row_block, const Tile& tile, Sink* sink) {
-  const std::vector<int32_t>& columns = index.columns;
+void ExpandPublished(const IndexView& index, int64_t row_block, const Tile& tile, Sink* sink) {
+  const std::span<const int32_t> columns = ColumnsOf(index);
   size_t next_column = 0;
-  WalkPublishedRuns(index.distances, row_block, [&](int64_t begin, int64_t end) {
+  WalkPublishedRuns(DistancesOf(index), row_block, [&](int64_t begin, int64_t end) {
     const size_t inside = GallopUp(columns, next_column, begin);
     sink->Columns(columns.data() + next_column, columns.data() + inside);
     next_column = GallopUp(columns, inside, end);
@@ -286,37 +305,35 @@ void ExpandPublished(const DiagonalColumnIndex& index, int64_t row_block, const 
 }
 
 template <typename Sink>
-void ExpandBlocks(const BlockListIndex& index, int64_t row_block, const Tile& tile, Sink* sink) {
-  for (int64_t i = index.row_offsets[row_block]; i < index.row_offsets[row_block + 1]; ++i) {
-    const int64_t begin = index.key_blocks[i] * kRowBlock;
-    sink->Range({begin, std::min(begin + kRowBlock, tile.key_end), 0, kNoMaxDistance});
+void Expand(const IndexView& index, int64_t row_block, const Tile& tile, Sink* sink) {
+  if (index.form == IndexView::Form::kBlockList) {
+    for (const int64_t block : KeyBlocksOf(index, row_block)) {
+      const int64_t begin = block * kRowBlock;
+      sink->Range({begin, std::min(begin + kRowBlock, tile.key_end), 0, kNoMaxDistance});
+    }
+  } else if (index.coverage == Coverage::kParity) {
+    ExpandPublished(index, row_block, tile, sink);
+  } else {
+    ExpandRuns(index, tile, sink);
   }
 }
 
-template <typename Sink>
-void Expand(const SparseIndex& index, int64_t row_block, const Tile& tile, Sink* sink) {
-  if (const auto* blocks = std::get_if<BlockListIndex>(&index)) {
-    ExpandBlocks(*blocks, row_block, tile, sink);
-    return;
-  }
-  const auto& diagonal = std::get<DiagonalColumnIndex>(index);
-  if (diagonal.coverage == Coverage::kParity) {
-    ExpandPublished(diagonal, row_block, tile, sink);
-  } else {
-    ExpandRuns(diagonal, tile, sink);
-  }
+// Only vertical-slash in our tiles differs from what is published; the walk reads the same distances and
+// columns.
+bool DiffersFromPublished(const IndexView& index) {
+  return index.form == IndexView::Form::kDiagonalColumn && index.coverage == Coverage::kTiles &&
+         index.counts->distances > 0;
 }
 
 }  // namespace
 
-void ExpandTile(const SparseIndex& index, int64_t row_block, int64_t num_tokens, TileKeys* keys) {
+void ExpandTile(const IndexView& index, int64_t row_block, int64_t num_tokens, TileKeys* keys) {
   keys->Clear();
   KeySink sink(keys);
   Expand(index, row_block, TileOf(row_block, num_tokens), &sink);
 }
 
-void AppendPublishedRuns(const std::vector<int32_t>& distances, int64_t row_block,
-                         std::vector<KeyRange>* runs) {
+void AppendPublishedRuns(std::span<const int32_t> distances, int64_t row_block, std::vector<KeyRange>* runs) {
   WalkPublishedRuns(distances, row_block, [runs](int64_t begin, int64_t end) {
     runs->push_back({begin, end, 0, kNoMaxDistance});
   });
@@ -329,34 +346,26 @@ int64_t CountTilePairs(const TileKeys& keys, int64_t row_block, int64_t num_toke
   return sink.pairs();
 }
 
-PairCounts CountPairs(const SparseIndex& index, int64_t num_tokens,
-                      std::vector<int64_t>* covered_per_row_block) {
-  const int64_t num_row_blocks = (num_tokens + kRowBlock - 1) / kRowBlock;
-  if (covered_per_row_block != nullptr) covered_per_row_block->assign(num_row_blocks, 0);
-  const auto* diagonal = std::get_if<DiagonalColumnIndex>(&index);
-  // Only vertical-slash in our tiles differs from what is published; the walk reads the same distances and
-  // columns.
-  const bool walk =
-      diagonal != nullptr && diagonal->coverage == Coverage::kTiles && !diagonal->distances.empty();
+PairCounts CountRowBlockPairs(const IndexView& index, int64_t row_block_begin, int64_t row_block_end,
+                              int64_t num_tokens) {
+  const bool walk = DiffersFromPublished(index);
   PairCounts counts;
-  for (int64_t m = 0; m < num_row_blocks; ++m) {
+  for (int64_t m = row_block_begin; m < row_block_end; ++m) {
     const Tile tile = TileOf(m, num_tokens);
     PairSink covered(tile);
     Expand(index, m, tile, &covered);
     counts.covered += covered.pairs();
-    if (covered_per_row_block != nullptr) (*covered_per_row_block)[m] = covered.pairs();
-    if (walk) {
-      PairSink published(tile);
-      ExpandPublished(*diagonal, m, tile, &published);
-      counts.published += published.pairs();
-    }
+    if (!walk) continue;
+    PairSink published(tile);
+    ExpandPublished(index, m, tile, &published);
+    counts.published += published.pairs();
   }
-  if (const auto* blocks = std::get_if<BlockListIndex>(&index)) {
-    counts.published = blocks->published_pairs;
-  } else if (!walk) {
-    counts.published = counts.covered;
-  }
+  if (!walk) counts.published = counts.covered;
   return counts;
+}
+
+PairCounts CountPairs(const IndexView& index, int64_t num_tokens) {
+  return CountRowBlockPairs(index, 0, (num_tokens + kRowBlock - 1) / kRowBlock, num_tokens);
 }
 
 }  // namespace longfill

@@ -13,15 +13,17 @@ struct PositionMap {
   int64_t block = int64_t{1} << 40;
   int64_t stride = int64_t{1} << 40;
 
-  int64_t Position(int64_t row) const { return first + row / block * stride + row % block; }
+  constexpr int64_t Position(int64_t row) const { return first + row / block * stride + row % block; }
   // Rows (a prefix of the buffer) whose position is below `position`.
-  int64_t RowsBelow(int64_t position) const {
+  constexpr int64_t RowsBelow(int64_t position) const {
     if (position <= first) return 0;
     const int64_t whole = (position - first) / stride;
     const int64_t rest = (position - first) % stride;
     return whole * block + (rest < block ? rest : block);
   }
-  static PositionMap Contiguous(int64_t offset) { return {offset, int64_t{1} << 40, int64_t{1} << 40}; }
+  static constexpr PositionMap Contiguous(int64_t offset) {
+    return {offset, int64_t{1} << 40, int64_t{1} << 40};
+  }
   friend bool operator==(const PositionMap&, const PositionMap&) = default;
 };
 

@@ -115,10 +115,6 @@ absl::Status CheckIndex(const BlockListIndex& index, int64_t num_tokens) {
       }
     }
   }
-  if (index.published_pairs < 0 || index.published_pairs > CausalPairs(num_tokens)) {
-    return absl::InternalError(absl::StrCat("sparse index: published_pairs ", index.published_pairs,
-                                            " is not in [0, ", CausalPairs(num_tokens), "]"));
-  }
   return absl::OkStatus();
 }
 

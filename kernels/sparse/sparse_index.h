@@ -44,9 +44,6 @@ struct DiagonalColumnIndex {
 struct BlockListIndex {
   std::vector<int64_t> row_offsets;
   std::vector<int32_t> key_blocks;
-  // Causal pairs that the public kernels cover for the same scores (they force no block); equals the own
-  // count in parity.
-  int64_t published_pairs = 0;
   friend bool operator==(const BlockListIndex&, const BlockListIndex&) = default;
 };
 

@@ -207,6 +207,14 @@ v1::PrefillFigures ToProto(const PrefillFigures& figures) {
   message.set_imbalance(figures.imbalance);
   message.set_kv_bytes(figures.kv_bytes);
   message.set_peak_memory_bytes(figures.peak_memory_bytes);
+  message.set_gemm_seconds(figures.gemm_seconds);
+  message.set_other_seconds(figures.other_seconds);
+  message.set_exposed_copy_seconds(figures.exposed_copy_seconds);
+  message.set_peak_device_bytes(figures.peak_device_bytes);
+  message.set_planned_device_bytes(figures.planned_device_bytes);
+  message.set_outside_device_bytes(figures.outside_device_bytes);
+  message.set_device(figures.device);
+  message.set_compute_dtype(std::string(DTypeName(figures.compute_dtype)));
   return message;
 }
 
@@ -229,6 +237,15 @@ PrefillFigures FromProto(const v1::PrefillFigures& message) {
   figures.imbalance = message.imbalance();
   figures.kv_bytes = message.kv_bytes();
   figures.peak_memory_bytes = message.peak_memory_bytes();
+  figures.gemm_seconds = message.gemm_seconds();
+  figures.other_seconds = message.other_seconds();
+  figures.exposed_copy_seconds = message.exposed_copy_seconds();
+  figures.peak_device_bytes = message.peak_device_bytes();
+  figures.planned_device_bytes = message.planned_device_bytes();
+  figures.outside_device_bytes = message.outside_device_bytes();
+  figures.device = message.device();
+  // A service of another version may not say it, or compute in a type that this client has no name for.
+  figures.compute_dtype = ParseDType(message.compute_dtype()).value_or(DType::kFloat32);
   return figures;
 }
 
@@ -241,15 +258,23 @@ v1::MemoryPlan ToProto(const MemoryPlan& plan) {
   message.set_logits_bytes(plan.logits_bytes);
   message.set_kv_store_bytes(plan.kv_store_bytes);
   message.set_total_bytes(plan.TotalBytes());
+  message.set_outside_bytes(plan.outside_bytes);
+  message.set_staging_bytes(plan.staging_bytes);
+  message.set_kv_ring_bytes(plan.kv_ring_bytes);
+  message.set_device_bytes(plan.DeviceBytes());
+  message.set_host_bytes(plan.HostBytes());
   return message;
 }
 
 MemoryPlan FromProto(const v1::MemoryPlan& message) {
   return {.weights_bytes = message.weights_bytes(),
           .activation_bytes = message.activation_bytes(),
-          .attention_bytes = message.attention_bytes(),
           .index_bytes = message.index_bytes(),
+          .attention_bytes = message.attention_bytes(),
+          .outside_bytes = message.outside_bytes(),
           .logits_bytes = message.logits_bytes(),
+          .staging_bytes = message.staging_bytes(),
+          .kv_ring_bytes = message.kv_ring_bytes(),
           .kv_store_bytes = message.kv_store_bytes()};
 }
 

@@ -30,7 +30,7 @@ v1::PrefillRequest HeaderOf(std::span<const int32_t> ids, const SubmitOptions& o
   header->mutable_attention()->set_pattern_json(options.attention.pattern_json);
   header->set_coverage(ToProto(options.coverage));
   for (const int64_t position : options.logits_positions) header->add_logits_positions(position);
-  header->set_kv_dtype(ToProto(options.kv_dtype));
+  if (options.kv_dtype) header->set_kv_dtype(ToProto(*options.kv_dtype));
   return request;
 }
 

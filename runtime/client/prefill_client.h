@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -31,8 +32,8 @@ struct SubmitOptions {
   AttentionSpec attention;  // read here: the service opens no file for a client
   Coverage coverage = Coverage::kTiles;
   std::vector<int64_t> logits_positions;  // empty: the last
-  DType kv_dtype = DType::kFloat32;
-  std::chrono::milliseconds timeout{0};  // of the whole prefill; 0: none
+  std::optional<DType> kv_dtype;          // empty: what the service computes in
+  std::chrono::milliseconds timeout{0};   // of the whole prefill; 0: none
 };
 
 struct AcceptedPrefill {

@@ -1,5 +1,6 @@
 #include "runtime/engine/attention_spec.h"
 
+#include <filesystem>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -33,6 +34,13 @@ AttentionSpec LongPromptSpec(const AttentionDefaults& defaults) {
 }
 
 }  // namespace
+
+absl::StatusOr<std::optional<AttentionSpec>> ReadModelPatterns(const std::string& model_dir) {
+  const std::string path = model_dir + "/patterns.json";
+  if (!std::filesystem::exists(path)) return std::nullopt;
+  LF_ASSIGN_OR_RETURN(AttentionSpec spec, ReadAttentionSpec(path));
+  return spec;
+}
 
 absl::StatusOr<AttentionSpec> ReadAttentionSpec(std::string_view text) {
   AttentionSpec spec;

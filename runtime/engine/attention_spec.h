@@ -23,6 +23,9 @@ struct AttentionSpec {
 // file, which is read here. InvalidArgument for neither, naming the text.
 absl::StatusOr<AttentionSpec> ReadAttentionSpec(std::string_view text);
 
+// patterns.json of a model directory, if there is one.
+absl::StatusOr<std::optional<AttentionSpec>> ReadModelPatterns(const std::string& model_dir);
+
 // "auto" is resolved by length and by what the engine was given (prefill_engine.h); `resolved` says by what.
 struct ResolvedAttention {
   AttentionSpec spec;    // never "auto"

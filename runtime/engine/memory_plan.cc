@@ -4,17 +4,15 @@
 
 #include <algorithm>
 #include <fstream>
-#include <memory>
 #include <optional>
 #include <sstream>
-#include <vector>
+#include <string>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/base/thread_pool.h"
-#include "kernels/cpu/cpu_kernel_set.h"
 #include "models/transformer.h"
 #include "parallel/parallel_attention.h"
 #include "parallel/sparse_index_builder.h"
+#include "parallel/staged_communicator.h"
 
 namespace longfill {
 namespace {
@@ -55,51 +53,85 @@ std::optional<int64_t> ControlGroupBytesLeft() {
   return std::max<int64_t>(0, *limit - *used + reclaimable);
 }
 
+int64_t MostTokens(const ShardPlan& plan) {
+  int64_t most = 0;
+  for (int rank = 0; rank < plan.mesh().size(); ++rank) most = std::max(most, plan.NumTokens(rank));
+  return most;
+}
+
+// Selection and attention of a layer take turns; the index that the one has made stays for the other.
+void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan* result) {
+  const AttentionGeometry geometry = GeometryOf(*input.config);
+  result->attention_bytes = ParallelAttention::PlanBytes(*input.kernels, geometry, plan);
+  for (int64_t layer = 0; layer < input.patterns->num_layers(); ++layer) {
+    const auto patterns = input.patterns->layer(layer);
+    if (layer > 0 && std::ranges::equal(patterns, input.patterns->layer(layer - 1))) continue;
+    const int64_t stays = SparseIndexBuilder::IndexBytes(plan, patterns);
+    const int64_t selection = SparseIndexBuilder::PlanBytes(*input.kernels, geometry, plan, patterns) - stays;
+    result->index_bytes = std::max(result->index_bytes, stays);
+    result->attention_bytes = std::max(result->attention_bytes, selection);
+  }
+  if (input.replacement_bytes) result->index_bytes += input.replacement_bytes(input.num_tokens);
+}
+
+std::string Describe(const MemoryPlan& plan, const MemoryBudget& budget) {
+  if (plan.device == DeviceKind::kCpu) {
+    return absl::StrCat(plan.TotalBytes(), " bytes on the largest rank and ", budget.host_bytes,
+                        " are available");
+  }
+  if (plan.DeviceBytes() > budget.device_bytes) {
+    return absl::StrCat(plan.DeviceBytes(), " bytes of GPU memory on the largest rank and ",
+                        budget.device_bytes, " are available");
+  }
+  return absl::StrCat(plan.HostBytes(), " bytes of host memory on the largest rank and ", budget.host_bytes,
+                      " are available");
+}
+
+bool Fits(const MemoryPlan& plan, const MemoryBudget& budget) {
+  if (plan.device == DeviceKind::kCpu) return plan.TotalBytes() <= budget.host_bytes;
+  return plan.DeviceBytes() <= budget.device_bytes && plan.HostBytes() <= budget.host_bytes;
+}
+
 }  // namespace
 
 MemoryPlan PlanMemory(const MemoryPlanInput& input) {
   const ModelConfig& config = *input.config;
   const ShardPlan plan(input.mesh, input.num_tokens);
-  const AttentionGeometry geometry = GeometryOf(config);
-  // Workspace sizes are the backend's; one thread's are a lower bound that is near, since scratch is small.
-  ThreadPool pool(1);
-  CpuMemoryResource memory;
-  const std::unique_ptr<KernelSet> kernels = CreateCpuKernelSet(pool, memory);
-  // The pattern with the most to score and select; others take less.
-  const std::vector<HeadPattern> patterns(static_cast<size_t>(config.num_q_heads), VerticalSlash{1, 1});
-
   MemoryPlan result;
+  result.device = input.kernels->device();
+  result.weights_in_pool = input.weights_in_pool;
   result.weights_bytes = input.weights_bytes;
-  result.activation_bytes = Transformer::PlanBytes(config, *kernels, plan);
-  result.attention_bytes = ParallelAttention::PlanBytes(*kernels, geometry, plan);
-  result.index_bytes = SparseIndexBuilder::PlanBytes(*kernels, geometry, plan, patterns);
+  result.outside_bytes = input.outside_bytes;
+  result.activation_bytes = Transformer::PlanBytes(config, *input.kernels, plan);
+  PlanLayers(input, plan, &result);
   // Rank 0 holds all logits and what the owners sent.
   result.logits_bytes =
       2 * std::max<int64_t>(1, input.num_logits) * config.vocab_size * static_cast<int64_t>(sizeof(float));
+  if (result.device != DeviceKind::kCpu && input.mesh.size() > 1) {
+    result.staging_bytes = 2 * kStagingSliceBytes;
+  }
+  result.kv_ring_bytes = KvRing::PlanBytes(result.device, input.kv_export);
   if (input.keep_kv) {
-    int64_t most_tokens = 0;
-    for (int rank = 0; rank < input.mesh.size(); ++rank)
-      most_tokens = std::max(most_tokens, plan.NumTokens(rank));
-    result.kv_store_bytes = 2 * config.num_layers * config.num_kv_heads * most_tokens * config.head_dim *
+    result.kv_store_bytes = 2 * config.num_layers * config.num_kv_heads * MostTokens(plan) * config.head_dim *
                             DTypeBytes(input.kv_dtype);
   }
   return result;
 }
 
-absl::StatusOr<int64_t> AvailableMemoryBytes(int ranks_on_host) {
+absl::StatusOr<int64_t> AvailableMemoryBytes(int ranks_on_host, int64_t mapped_bytes) {
   const std::optional<int64_t> available = ReadProcKilobytes("/proc/meminfo", "MemAvailable:");
   if (!available.has_value()) return absl::InternalError("/proc/meminfo has no MemAvailable");
   const int64_t bytes = std::min(*available, ControlGroupBytesLeft().value_or(*available));
-  return bytes / std::max(1, ranks_on_host);
+  return bytes / std::max(1, ranks_on_host) + mapped_bytes;
 }
 
-int64_t LongestPrompt(MemoryPlanInput input, int64_t available_bytes, int64_t max_tokens) {
+int64_t LongestPrompt(MemoryPlanInput input, const MemoryBudget& budget, int64_t max_tokens) {
   int64_t low = 0;
   int64_t high = max_tokens;
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
     input.num_tokens = middle;
-    if (PlanMemory(input).TotalBytes() <= available_bytes) {
+    if (Fits(PlanMemory(input), budget)) {
       low = middle;
     } else {
       high = middle - 1;
@@ -108,13 +140,12 @@ int64_t LongestPrompt(MemoryPlanInput input, int64_t available_bytes, int64_t ma
   return low;
 }
 
-absl::Status CheckFits(const MemoryPlanInput& input, int64_t available_bytes) {
-  const int64_t needed = PlanMemory(input).TotalBytes();
-  if (needed <= available_bytes) return absl::OkStatus();
+absl::Status CheckFits(const MemoryPlanInput& input, const MemoryBudget& budget) {
+  const MemoryPlan plan = PlanMemory(input);
+  if (Fits(plan, budget)) return absl::OkStatus();
   return absl::ResourceExhaustedError(
-      absl::StrCat("a prompt of ", input.num_tokens, " tokens needs ", needed,
-                   " bytes on the largest rank and ", available_bytes, " are available; up to ",
-                   LongestPrompt(input, available_bytes, input.num_tokens), " tokens would fit"));
+      absl::StrCat("a prompt of ", input.num_tokens, " tokens needs ", Describe(plan, budget), "; up to ",
+                   LongestPrompt(input, budget, input.num_tokens), " tokens would fit"));
 }
 
 }  // namespace longfill

@@ -10,24 +10,53 @@
 #include <string>
 #include <vector>
 
+#include "kernels/api/backend.h"
 #include "kernels/base/status.h"
 #include "models/config.h"
 #include "parallel/communicator.h"
 #include "parallel/mesh.h"
+#include "parallel/sparse_index_builder.h"
 #include "runtime/engine/attention_spec.h"
+#include "runtime/engine/engine_device.h"
 #include "runtime/engine/memory_plan.h"
+#include "runtime/kv/kv_exporter.h"
 #include "runtime/kv/kv_sink.h"
 
 namespace longfill {
 
+// A model without a checkpoint: weights drawn on the device from a seed. For measurements.
+struct BenchModel {
+  ModelConfig config;
+  uint64_t seed = 0;
+};
+
+// Indices that attention runs with in place of those that were just built, which are dropped. For
+// measurements of models whose own selections mean nothing. Every rank has an equal one; used by one engine
+// at a time.
+class IndexReplacement {
+ public:
+  virtual ~IndexReplacement() = default;
+  // What Begin takes from backend.memory().
+  virtual int64_t PlanBytes(int64_t num_tokens) const = 0;
+  // Before the first layer of a prompt; whatever the outcome, End follows.
+  virtual absl::Status Begin(Backend& backend, int64_t num_tokens) = 0;
+  // Puts its own views and pair counts into *index, valid until End. Enqueues on backend.stream().
+  virtual absl::Status Replace(int64_t layer, LayerIndex* index) = 0;
+  virtual void End() = 0;
+};
+
 struct EngineOptions {
   std::string model_dir;
-  Mesh mesh;                       // mesh.size() == communicator size
-  int num_threads = 1;             // of this rank
-  AttentionDefaults attention;     // model_patterns is filled by Create
-  bool keep_kv = false;            // the sink keeps all layers in memory: counts in the memory plan
-  int64_t memory_limit_bytes = 0;  // of this rank; 0: what the host has available when a request comes
-  int ranks_on_host = 1;
+  std::optional<BenchModel> bench_model;  // instead of model_dir
+  Mesh mesh;                              // mesh.size() == communicator size
+
+  DeviceOptions device;
+  AttentionDefaults attention;  // model_patterns is filled by Create
+  bool keep_kv = false;         // the sink keeps all layers in host memory: counts in the memory plan
+  KvExportOptions kv_export;
+  // Of this rank's device (on the CPU: of the host); 0: what is available when a request comes.
+  int64_t memory_limit_bytes = 0;
+  std::shared_ptr<IndexReplacement> index_replacement;  // empty: indices are used as they are built
 };
 
 // One prompt. Only rank 0's request counts; the engine sends it to the others.
@@ -58,16 +87,27 @@ struct PrefillFigures {
   double seconds = 0;
   double index_seconds = 0;
   double attention_seconds = 0;
-  double linear_seconds = 0;
+  double linear_seconds = 0;  // gemm_seconds and other_seconds
+  double gemm_seconds = 0;
+  double other_seconds = 0;  // norms, rotary, activations, embedding, copies on the device
   double communication_seconds = 0;
-  int64_t published_pairs = 0;  // causal pairs, all heads and layers (kernels/sparse/coverage.h)
+  double exposed_copy_seconds = 0;  // compute stood still until K and V of the layer before had left
+  int64_t published_pairs = 0;      // causal pairs, all heads and layers (kernels/sparse/coverage.h)
   int64_t covered_pairs = 0;
   int64_t computed_pairs = 0;
   double density = 0;  // covered causal pairs over all causal pairs
   std::vector<int64_t> rank_covered_pairs;
-  double imbalance = 0;           // their maximum over their mean; 1 when nothing is covered
-  int64_t kv_bytes = 0;           // of all ranks
-  int64_t peak_memory_bytes = 0;  // largest resident set of a rank, as the kernel counts it
+  double imbalance = 0;                     // their maximum over their mean; 1 when nothing is covered
+  int64_t kv_bytes = 0;                     // of all ranks
+  std::vector<uint32_t> rank_kv_checksums;  // KvSink::checksum; empty where sinks keep none
+  int64_t peak_memory_bytes = 0;            // largest resident set of a rank, as the kernel counts it
+  // Of the rank that had most. Both are of Backend::memory(), without what the driver and libraries take for
+  // themselves (outside_device_bytes, 0 on a CPU).
+  int64_t peak_device_bytes = 0;
+  int64_t planned_device_bytes = 0;
+  int64_t outside_device_bytes = 0;
+  std::string device;  // DeviceFacts::name of rank 0
+  DType compute_dtype = DType::kFloat32;
 };
 
 struct PrefillResult {
@@ -90,16 +130,19 @@ struct PrefillCallbacks {
 // afterwards, the group is broken and the process should end.
 class PrefillEngine {
  public:
-  // Collective. Loads (maps) the weights, checks mesh and model; every rank gets the same error. `world`
-  // outlives the engine.
+  // Collective. Makes the backend (if `backend` is empty), loads the weights, checks mesh and model; every
+  // rank gets the same error. `world` outlives the engine.
   static absl::StatusOr<std::unique_ptr<PrefillEngine>> Create(const EngineOptions& options,
-                                                               Communicator& world);
+                                                               Communicator& world,
+                                                               std::shared_ptr<Backend> backend = nullptr);
   ~PrefillEngine();
 
   const ModelConfig& config() const;
   const std::string& model_fingerprint() const;
   const Mesh& mesh() const;
   int64_t weights_bytes() const;
+  DType compute_dtype() const;
+  Backend& backend();
   Communicator& world();
 
   // What can be refused before any work: empty prompt, ids out of vocabulary, length against the model and

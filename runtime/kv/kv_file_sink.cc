@@ -1,9 +1,11 @@
 #include <filesystem>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "models/safetensors.h"
+#include "runtime/kv/kv_convert.h"
 #include "runtime/kv/kv_manifest.h"
 
 namespace longfill {
@@ -18,12 +20,12 @@ class KvFileSink final : public KvSink {
     if (!finished_) RemoveFiles();
   }
 
-  absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const float> key,
-                      HeadsView<const float> value) override {
+  absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
+                      HeadsView<const void> value, DType dtype) override {
     if (row_begin == row_end) return absl::OkStatus();
     if (writer_ == nullptr) LF_RETURN_IF_ERROR(Open(layer));
-    LF_RETURN_IF_ERROR(Write("key", row_begin, row_end, key));
-    LF_RETURN_IF_ERROR(Write("value", row_begin, row_end, value));
+    LF_RETURN_IF_ERROR(Write("key", row_begin, row_end, key, dtype));
+    LF_RETURN_IF_ERROR(Write("value", row_begin, row_end, value, dtype));
     if (row_end < num_rows_) return absl::OkStatus();
     LF_RETURN_IF_ERROR(writer_->Close());
     paths_.push_back(writer_->path());
@@ -48,17 +50,21 @@ class KvFileSink final : public KvSink {
     return absl::OkStatus();
   }
 
-  absl::Status Write(const char* name, int64_t row_begin, int64_t row_end, HeadsView<const float> view) {
-    const int64_t element_bytes = DTypeBytes(spec_.dtype);
+  absl::Status Write(const char* name, int64_t row_begin, int64_t row_end, HeadsView<const void> view,
+                     DType dtype) {
+    const int64_t row_bytes = spec_.head_dim * DTypeBytes(spec_.dtype);
     const int64_t rows = row_end - row_begin;
-    narrowed_.resize(static_cast<size_t>(rows * spec_.head_dim * element_bytes));
+    const bool as_it_is = dtype == spec_.dtype && view.row_stride == spec_.head_dim;
+    if (!as_it_is) converted_.resize(static_cast<size_t>(rows * row_bytes));
     for (int64_t head = 0; head < spec_.num_kv_heads; ++head) {
-      for (int64_t row = 0; row < rows; ++row) {
-        NarrowFromFloat(view.data + head * view.head_stride + row * view.row_stride, spec_.head_dim,
-                        spec_.dtype, narrowed_.data() + row * spec_.head_dim * element_bytes);
+      std::span<const std::byte> bytes = converted_;
+      if (as_it_is) {
+        bytes = {static_cast<const std::byte*>(Advance(view.data, head * view.head_stride, dtype)),
+                 static_cast<size_t>(rows * row_bytes)};
+      } else {
+        ConvertHeadRows(view, dtype, head, rows, spec_.head_dim, spec_.dtype, converted_.data());
       }
-      LF_RETURN_IF_ERROR(
-          writer_->Write(name, (head * num_rows_ + row_begin) * spec_.head_dim * element_bytes, narrowed_));
+      LF_RETURN_IF_ERROR(writer_->Write(name, (head * num_rows_ + row_begin) * row_bytes, bytes));
     }
     return absl::OkStatus();
   }
@@ -75,7 +81,7 @@ class KvFileSink final : public KvSink {
   const int64_t num_rows_;
   std::unique_ptr<SafetensorsWriter> writer_;  // of the layer that is being written
   std::vector<std::string> paths_;             // of the layers that are whole
-  std::vector<std::byte> narrowed_;
+  std::vector<std::byte> converted_;
   bool finished_ = false;
 };
 

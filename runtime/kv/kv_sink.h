@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "kernels/api/kernel_set.h"
@@ -31,23 +32,27 @@ struct KvTransferSpec {
 
 // Where one rank's K and V of one request go. The engine calls Append for every layer in order and, within a
 // layer, for ascending row pieces until all local rows are there; then Finish exactly once, also after an
-// error. Called from one thread. Append copies or converts before it returns: the views are reused. It may
-// block for back-pressure, within a deadline. An error ends the request on all ranks at the next layer
-// boundary and comes back through Finish.
+// error. One thread at a time, but not always the same: on a GPU the thread of a KvExporter appends. Append
+// copies or converts before it returns: the views are reused. It may block for back-pressure, within a
+// deadline of its own. An error ends the request on all ranks at the next layer boundary and comes back
+// through Finish.
 class KvSink {
  public:
   virtual ~KvSink() = default;
-  // key, value: [num_kv_heads, row_end - row_begin, head_dim], post-RoPE; rows are local rows of the rank's
-  // tokens.
-  virtual absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const float> key,
-                              HeadsView<const float> value) = 0;
+  // key, value: [num_kv_heads, row_end - row_begin, head_dim] of `dtype` in host memory, post-RoPE; rows are
+  // local rows of the rank's tokens. The sink stores them in the dtype of its spec.
+  virtual absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
+                              HeadsView<const void> value, DType dtype) = 0;
   // OK: every layer was appended. Otherwise the reason for which nothing more comes; what was taken is
   // discarded.
   virtual absl::Status Finish(const absl::Status& outcome) = 0;
+  // After Finish: CRC-32C over what was taken, where the sink keeps one (kv_discard_sink.h says in which
+  // order).
+  virtual std::optional<uint32_t> checksum() const { return std::nullopt; }
 };
 
 // Called on every rank after the plan is agreed and before any work. An error here is an error of the
-// request.
+// request; nullptr: K and V are not taken, and do not leave the device.
 using KvSinkFactory = std::function<absl::StatusOr<std::unique_ptr<KvSink>>(const KvTransferSpec& spec)>;
 
 }  // namespace longfill

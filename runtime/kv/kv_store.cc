@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/kv/kv_convert.h"
 
 namespace longfill {
 
@@ -54,21 +55,13 @@ absl::Status CheckSpec(const KvTransferSpec& spec) {
   return absl::OkStatus();
 }
 
-// Converts rows of all heads into [heads, num_rows, head_dim] of dtype at row_begin.
-void Store(HeadsView<const float> from, const KvTransferSpec& spec, int64_t num_rows, int64_t row_begin,
-           int64_t row_end, std::byte* to) {
+// Rows of all heads to [heads, num_rows, head_dim] of the spec's dtype, from row_begin on.
+void Store(HeadsView<const void> from, DType dtype, const KvTransferSpec& spec, int64_t num_rows,
+           int64_t row_begin, int64_t row_end, std::byte* to) {
   const int64_t row_bytes = spec.head_dim * DTypeBytes(spec.dtype);
-  const bool dense = from.row_stride == spec.head_dim;
   for (int64_t head = 0; head < spec.num_kv_heads; ++head) {
-    const float* source = from.data + head * from.head_stride;
-    std::byte* target = to + (head * num_rows + row_begin) * row_bytes;
-    if (dense) {
-      NarrowFromFloat(source, (row_end - row_begin) * spec.head_dim, spec.dtype, target);
-      continue;
-    }
-    for (int64_t row = row_begin; row < row_end; ++row, source += from.row_stride, target += row_bytes) {
-      NarrowFromFloat(source, spec.head_dim, spec.dtype, target);
-    }
+    ConvertHeadRows(from, dtype, head, row_end - row_begin, spec.head_dim, spec.dtype,
+                    to + (head * num_rows + row_begin) * row_bytes);
   }
 }
 
@@ -86,9 +79,9 @@ class KvStoreSink final : public KvSink {
   ~KvStoreSink() override {
     if (!finished_) (void)store_->Finish(*transfer_, absl::InternalError("the prefill dropped its KV sink"));
   }
-  absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const float> key,
-                      HeadsView<const float> value) override {
-    return store_->Append(*transfer_, layer, row_begin, row_end, key, value);
+  absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
+                      HeadsView<const void> value, DType dtype) override {
+    return store_->Append(*transfer_, layer, row_begin, row_end, key, value, dtype);
   }
   absl::Status Finish(const absl::Status& outcome) override {
     finished_ = true;
@@ -281,7 +274,7 @@ KvStoreUsage KvStore::usage() const {
 }
 
 absl::Status KvStore::Append(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end,
-                             HeadsView<const float> key, HeadsView<const float> value) {
+                             HeadsView<const void> key, HeadsView<const void> value, DType dtype) {
   std::shared_ptr<Layer> target;
   {
     std::lock_guard lock(mutex_);
@@ -299,8 +292,8 @@ absl::Status KvStore::Append(Transfer& transfer, int64_t layer, int64_t row_begi
     }
     target = transfer.layers[static_cast<size_t>(layer)];
   }
-  Store(key, transfer.spec, transfer.num_rows, row_begin, row_end, target->key.as<std::byte>());
-  Store(value, transfer.spec, transfer.num_rows, row_begin, row_end, target->value.as<std::byte>());
+  Store(key, dtype, transfer.spec, transfer.num_rows, row_begin, row_end, target->key.as<std::byte>());
+  Store(value, dtype, transfer.spec, transfer.num_rows, row_begin, row_end, target->value.as<std::byte>());
   std::lock_guard lock(mutex_);
   transfer.rows_ready = row_end;
   if (row_end == transfer.num_rows) {

@@ -115,7 +115,7 @@ class KvStore {
   void ForgetTombstonesLocked();
 
   absl::Status Append(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end,
-                      HeadsView<const float> key, HeadsView<const float> value);
+                      HeadsView<const void> key, HeadsView<const void> value, DType dtype);
   absl::Status Finish(Transfer& transfer, const absl::Status& outcome);
 
   const KvStoreOptions options_;

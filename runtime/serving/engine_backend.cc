@@ -20,6 +20,7 @@ class EngineBackend final : public PrefillBackend {
               .vocab_size = config.vocab_size,
               .max_position_embeddings = config.max_position_embeddings,
               .weights_bytes = engine->weights_bytes(),
+              .compute_dtype = engine->compute_dtype(),
               .mesh = engine->mesh(),
               .default_attention = engine->DescribeAuto()};
   }

@@ -27,6 +27,7 @@ struct ServedModel {
   int64_t vocab_size = 0;
   int64_t max_position_embeddings = 0;
   int64_t weights_bytes = 0;
+  DType compute_dtype = DType::kFloat32;
   Mesh mesh;
   std::string default_attention;  // what "auto" stands for, in words
 };

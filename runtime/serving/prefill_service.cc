@@ -68,8 +68,8 @@ grpc::ServerBidiReactor<v1::PrefillRequest, v1::PrefillEvent>* PrefillServiceImp
       refuse = absl::ResourceExhaustedError(
           absl::StrCat("too many calls at once, the limit is ", options_.max_calls));
     }
-    const int64_t max_tokens = backend_ == nullptr ? 0 : backend_->model().max_position_embeddings;
-    call = std::make_shared<PrefillCall>(this, context, max_tokens);
+    const ServedModel model = backend_ == nullptr ? ServedModel{} : backend_->model();
+    call = std::make_shared<PrefillCall>(this, context, model.max_position_embeddings, model.compute_dtype);
     calls_.emplace(call.get(), call);  // until its OnDone
   }
   if (refuse.ok()) {

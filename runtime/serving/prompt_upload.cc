@@ -68,7 +68,10 @@ absl::Status PromptUpload::AddHeader(const v1::PrefillHeader& header) {
   request_.attention.text = attention.spec().empty() ? "auto" : attention.spec();
   request_.attention.pattern_json = attention.pattern_json();
   LF_ASSIGN_OR_RETURN(request_.coverage, FromProto(header.coverage()));
-  LF_ASSIGN_OR_RETURN(request_.kv_dtype, FromProto(header.kv_dtype()));
+  request_.kv_dtype = default_kv_dtype_;
+  if (header.kv_dtype() != v1::DATA_TYPE_UNSPECIFIED) {
+    LF_ASSIGN_OR_RETURN(request_.kv_dtype, FromProto(header.kv_dtype()));
+  }
   request_.logits_positions.assign(header.logits_positions().begin(), header.logits_positions().end());
   num_tokens_ = header.num_tokens();
   has_header_ = true;

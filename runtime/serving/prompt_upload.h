@@ -19,8 +19,9 @@ inline constexpr int64_t kMaxRequestIdCharacters = 128;
 // as they arrive, so that a false header allocates nothing.
 class PromptUpload {
  public:
-  // Prompts longer than max_tokens are refused at the header.
-  explicit PromptUpload(int64_t max_tokens) : max_tokens_(max_tokens) {}
+  // Prompts longer than max_tokens are refused at the header; one that names no KV dtype gets the one given.
+  PromptUpload(int64_t max_tokens, DType default_kv_dtype)
+      : max_tokens_(max_tokens), default_kv_dtype_(default_kv_dtype) {}
 
   // InvalidArgument names what is wrong; the upload is of no more use then.
   absl::Status Add(const v1::PrefillRequest& message);
@@ -34,6 +35,7 @@ class PromptUpload {
   absl::Status AddTokens(const v1::TokenChunk& chunk);
 
   const int64_t max_tokens_;
+  const DType default_kv_dtype_;
   bool has_header_ = false;
   bool too_long_ = false;
   int64_t num_tokens_ = 0;

@@ -10,6 +10,7 @@ import subprocess
 import time
 import unittest
 
+import google_crc32c
 import numpy
 import support
 from support import GOLDEN, run, some_tokens, write_model, write_tokens
@@ -83,11 +84,17 @@ class Output(support.TemporaryDirectoryTest):
             figures = json.loads(result.stdout)
             wanted = {"tokens", "ranks", "mesh", "seconds", "index_seconds", "attention_seconds", "linear_seconds",
                       "communication_seconds", "published_pairs", "covered_pairs", "computed_pairs", "density",
-                      "rank_covered_pairs", "imbalance", "kv_bytes", "peak_memory_bytes"}
+                      "rank_covered_pairs", "imbalance", "kv_bytes", "peak_memory_bytes", "gemm_seconds",
+                      "other_seconds", "exposed_copy_seconds", "peak_device_bytes", "planned_device_bytes",
+                      "outside_device_bytes", "device", "compute_dtype"}
             self.assertLessEqual(wanted, figures.keys())
             self.assertEqual(figures["tokens"], 300)
             self.assertEqual(len(figures["rank_covered_pairs"]), ranks or 1)
             self.assertGreater(figures["peak_memory_bytes"], 1 << 20)
+            self.assertEqual(figures["compute_dtype"], "float32")
+            self.assertTrue(0.97 * figures["planned_device_bytes"] <= figures["peak_device_bytes"]
+                            <= figures["planned_device_bytes"], figures)
+            self.assertEqual(longfill.load_manifest(self.tmp / "out").manifest.dtype, "float32")
 
     def test_every_form_of_tokens_gives_the_same_result(self):
         ids = some_tokens(300)
@@ -129,6 +136,25 @@ class Output(support.TemporaryDirectoryTest):
                 numpy.testing.assert_allclose(key, key32, rtol=relative, atol=1e-6)
                 numpy.testing.assert_allclose(value, value32, rtol=relative, atol=1e-6)
 
+    def test_discarded_caches_have_the_checksum_of_the_files(self):
+        result = self.prefill("--tokens", self.tokens)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        checksum = 0
+        for key, value in longfill.load_manifest(self.tmp / "out").to_numpy():
+            for array in (key, value):
+                for head in array:
+                    crc = google_crc32c.value(head.tobytes())
+                    checksum = google_crc32c.extend(checksum, struct.pack("<I", crc))
+        for options, ranks in (([], None), (["--out", self.tmp / "logits"], None), (["--mesh", "sequence=2"], 2)):
+            result = run("prefill", "--model", self.model, "--tokens", self.tokens, "--kv", "discard", "--json", *options,
+                         ranks=ranks)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            checksums = json.loads(result.stdout)["rank_kv_crc32c"]
+            self.assertEqual(len(checksums), ranks or 1)
+            if ranks is None:
+                self.assertEqual(checksums, [f"{checksum:08x}"])
+        self.assertEqual(support.files_below(self.tmp / "logits"), ["logits.safetensors"])
+
     def test_overwrite_touches_no_file_of_others(self):
         out = self.tmp / "out"
         out.mkdir()
@@ -156,6 +182,52 @@ class Output(support.TemporaryDirectoryTest):
         self.assertEqual(result.returncode, 0, result.stderr)
         for text in ("LlamaForCausalLM", "300 tokens", "sequence=2,head=1", "total", "longest prompt"):
             self.assertIn(text, result.stdout)
+
+
+class Cuda(support.TemporaryDirectoryTest):
+    """The same prompts on a GPU in bfloat16: twice the largest error of transformers' own bfloat16 run."""
+
+    def setUp(self):
+        super().setUp()
+        if not support.has_gpu():
+            self.skipTest("there is no GPU, or longfill was built without CUDA")
+
+    def test_a_gpu_computes_what_transformers_computes(self):
+        for case, ranks in (("llama-gqa7-tied", None), ("llama-head-dim-128", None), ("llama-gqa7-tied", 2)):
+            with self.subTest(f"{case} {ranks}"):
+                expected = golden(case)
+                positions = ",".join(str(p) for p in expected["positions"])
+                out = self.tmp / f"{case}-{ranks}"
+                result = run("prefill", "--model", GOLDEN / case, "--tokens", GOLDEN / case / "tokens.i32", "--out", out,
+                             "--attention", "dense", "--logits", positions, "--device", "cuda", "--json", ranks=ranks)
+                self.assertEqual(result.returncode, 0, result.stderr)
+                figures = json.loads(result.stdout)
+                self.assertEqual(figures["compute_dtype"], "bfloat16")
+                self.assertIn("sm_", figures["device"])
+                self.assertTrue(0.97 * figures["planned_device_bytes"] <= figures["peak_device_bytes"]
+                                <= figures["planned_device_bytes"], figures)
+                got = longfill.load_manifest(out)
+                self.assertEqual(got.manifest.dtype, "bfloat16")
+                self.assert_close(got.logits, expected["logits"], 0.041, "logits")
+                for layer, (key, value) in enumerate(got.to_numpy()):
+                    self.assert_close(key, expected[f"layer.{layer}.key"], 0.028, f"layer {layer} key")
+                    self.assert_close(value, expected[f"layer.{layer}.value"], 0.028, f"layer {layer} value")
+
+    def assert_close(self, got, expected, tolerance, what):
+        self.assertLessEqual(numpy.abs(got.astype(numpy.float32) - expected).max(),
+                             tolerance * numpy.abs(expected).max(), what)
+
+    def test_inspect_shows_device_and_host(self):
+        result = run("inspect", "--model", GOLDEN / "llama-gqa7-tied", "--device", "cuda")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        for text in ("sm_", "device", "host", "page-locked", "driver and libraries", "KV bfloat16"):
+            self.assertIn(text, result.stdout)
+
+    def test_what_the_gpu_has_no_kernel_for_is_refused_by_name(self):
+        result = run("prefill", "--model", GOLDEN / "llama-gqa4", "--tokens", GOLDEN / "llama-gqa4" / "tokens.i32",
+                     "--out", self.tmp / "out", "--device", "cuda")
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertIn("head_dim 32", result.stderr)
 
 
 class BadInput(support.TemporaryDirectoryTest):
@@ -220,8 +292,10 @@ class BadInput(support.TemporaryDirectoryTest):
             (["--logits", "5,-1"], "-1"),
             (["--mesh", "sequence=2"], "sequence=2", "mpirun"),
             (["--mesh", "rows=2"], "rows"),
-            (["--device", "cuda"], "CUDA backend is not built in"),
-            (["--device", "tpu"], "--device"),
+            (["--device", "tpu"], "--device", "tpu"),
+            (["--device", "cuda:one"], "--device", "cuda:one"),
+            (["--device-dtype", "bfloat16"], "bfloat16", "float32"),
+            (["--kv", "keep"], "--kv"),
             (["--kv-dtype", "int8"], "--kv-dtype"),
             (["--coverage", "all"], "--coverage"),
             (["--threads", "0"], "--threads"),
@@ -231,6 +305,19 @@ class BadInput(support.TemporaryDirectoryTest):
         ):
             with self.subTest(options):
                 self.refused(*words, options=options)
+
+    def test_a_gpu_that_is_not_there(self):
+        if support.has_gpu():
+            self.skipTest("there is a GPU")
+        for command in ("prefill", "inspect", "serve"):
+            with self.subTest(command):
+                self.refused("--device cuda", "CUDA", "--device cpu", command=command, options=["--device", "cuda"])
+        self.refused("--device cuda:1", options=["--device", "cuda:1"], ranks=2)
+
+    def test_an_output_directory_is_missed_unless_nothing_is_written(self):
+        result = run("prefill", "--model", self.model, "--tokens", self.tokens)
+        self.assertEqual(result.returncode, 2)
+        self.assertIn("--out", result.stderr)
 
     def test_pattern_files(self):
         good = [{str(head): ["vertical_and_slash", 30, 100, 1.0] for head in range(4)} for _ in range(2)]
@@ -272,6 +359,7 @@ class BadModel(BadInput):
     # The cases of the base class run there.
     test_token_files = test_prompts_beyond_the_model_or_the_memory = test_options = test_pattern_files = None
     test_output_directories = test_errors_under_mpirun_are_printed_once = test_usage_without_a_subcommand = None
+    test_a_gpu_that_is_not_there = test_an_output_directory_is_missed_unless_nothing_is_written = None
 
     def refused_model(self, model, *words):
         for command in ("prefill", "inspect"):

@@ -82,6 +82,26 @@ class Requests(SlowModel):
         for pair, again in zip(got.kv, longfill.load_manifest(saved).kv, strict=True):
             numpy.testing.assert_array_equal(pair[0], again[0])
 
+    def test_caches_may_be_in_files_that_nobody_sees(self):
+        ids = some_tokens(300)
+        with Service(self.model) as service, longfill.Client(service.target) as client:
+            expected = client.prefill(ids)
+        directory = self.tmp / "caches"
+        directory.mkdir()
+        with Service(self.model, "--kv-memory", f"file:{directory}", ranks=2) as service, \
+                longfill.Client(service.target) as client:
+            got = client.prefill(ids)
+            self.assertEqual(got.figures["compute_dtype"], "float32")
+            self.assertEqual(list(directory.iterdir()), [])
+            wait_until(lambda: is_idle(service.target), what="idle service")
+        for pair, expected_pair in zip(got.to_numpy(), expected.to_numpy(), strict=True):
+            for array, expected_array in zip(pair, expected_pair):
+                numpy.testing.assert_allclose(array, expected_array, atol=1e-3 * numpy.abs(expected_array).max())
+        for memory, word in (("device", "device"), ("file:/no/such/directory", "/no/such/directory"), ("ram", "ram")):
+            result = run("serve", "--model", self.model, "--kv-memory", memory)
+            self.assertEqual(result.returncode, 2, result.stderr)
+            self.assertIn(word, result.stderr)
+
     def test_bad_requests_are_refused_by_name_and_leave_nothing(self):
         cases = [
             (dict(ids=[]), "INVALID_ARGUMENT", "token"),

@@ -57,6 +57,11 @@ def run(*arguments, ranks=None, timeout=240, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT, **options)
 
 
+def has_gpu():
+    """Whether this machine and this build compute on a GPU."""
+    return run("inspect", "--model", GOLDEN / "llama-gqa7-tied", "--device", "cuda").returncode == 0
+
+
 class Service:
     """A running `longfill serve`; a context manager that leaves no process behind."""
 

@@ -52,8 +52,8 @@ LLAMA3 = dict(
 )
 YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=64)
 
-# Case: changes to BASE. Besides keys of config.json: dtype (bfloat16), num_tokens (101), shards (1), and spelling,
-# `v4` (rope_theta, rope_scaling, torch_dtype) or `v5` (rope_parameters, dtype).
+# Case: changes to BASE. Besides keys of config.json: family (llama), dtype (bfloat16), num_tokens (101), shards (1) and
+# spelling, `v4` (rope_theta, rope_scaling, torch_dtype) or `v5` (rope_parameters, dtype).
 CASES = {
     "llama-gqa4": dict(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=32, num_tokens=257),
     # head_dim left out: hidden_size / num_attention_heads
@@ -85,6 +85,17 @@ CASES = {
     "llama-rope-yarn-betas-no-truncate-v5": dict(
         rope_scaling=dict(YARN, beta_fast=16.0, beta_slow=2.0, truncate=False), spelling="v5"
     ),
+    # biases of Q, K and V without a key that says so; a sliding window that is named and not used
+    "qwen2-gqa2": dict(
+        family="qwen2", num_hidden_layers=2, hidden_size=128, head_dim=None, sliding_window=32,
+        use_sliding_window=False, max_window_layers=2,
+    ),
+}
+
+# What a family changes: its name in config.json, biases that it has whatever the config says, keys that it lacks.
+FAMILIES = {
+    "llama": dict(architecture="LlamaForCausalLM", biases=(), without=()),
+    "qwen2": dict(architecture="Qwen2ForCausalLM", biases=("q", "k", "v"), without=("attention_bias", "mlp_bias")),
 }
 
 
@@ -119,7 +130,7 @@ def rope_parameters(rope, config):
     return rope.ROPE_INIT_FUNCTIONS[oracle.rope_parameters["rope_type"]](oracle)
 
 
-def random_weights(config, dtype, random):
+def random_weights(config, family, dtype, random):
     """All tensors by Hugging Face name, scaled so that activations stay near 1 and attention is not flat."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
@@ -140,7 +151,8 @@ def random_weights(config, dtype, random):
         prefix = f"model.layers.{layer}."
         add(prefix + "input_layernorm.weight", (hidden,), 0.2, 1.0)
         for name, rows, columns in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
-            add_linear(f"{prefix}self_attn.{name}_proj", rows, columns, config["attention_bias"])
+            bias = config["attention_bias"] or name in FAMILIES[family]["biases"]
+            add_linear(f"{prefix}self_attn.{name}_proj", rows, columns, bias)
         add(prefix + "post_attention_layernorm.weight", (hidden,), 0.2, 1.0)
         for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
             add_linear(f"{prefix}mlp.{name}_proj", rows, columns, config["mlp_bias"])
@@ -170,9 +182,11 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def config_json(config, dtype, spelling):
+def config_json(config, family, dtype, spelling):
     """The content of config.json. The pinned transformers reads v4 only."""
-    content = dict(config, architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu")
+    content = dict(config, architectures=[FAMILIES[family]["architecture"]], model_type=family, hidden_act="silu")
+    for key in FAMILIES[family]["without"]:
+        del content[key]
     content.update(bos_token_id=1, eos_token_id=2)
     if spelling == "v4":
         return dict(content, torch_dtype=dtype)
@@ -199,17 +213,18 @@ def make_case(name, directory, rope):
     config = dict(BASE, **CASES[name])
     dtype, spelling = config.pop("dtype", "bfloat16"), config.pop("spelling", "v4")
     num_tokens, shards = config.pop("num_tokens", 101), config.pop("shards", 1)
+    family = config.pop("family", "llama")
     if config["head_dim"] is None:
         del config["head_dim"]
     random = numpy.random.Generator(numpy.random.PCG64(zlib.crc32(name.encode())))
-    write_weights(directory, random_weights(config, DTYPES[dtype], random), shards)
+    write_weights(directory, random_weights(config, family, DTYPES[dtype], random), shards)
     tokens = random.integers(0, config["vocab_size"], num_tokens)
     tokens.astype("<i4").tofile(directory / "tokens.i32")
     positions = [num_tokens - 1, 0, 1, 63, 64, num_tokens // 2]
 
     # rope_scaling is applied from ROPE_ORACLE, not by the pinned transformers, whose yarn differs.
     rotary = rope_parameters(rope, config)
-    write_json(directory / "config.json", config_json(dict(config, rope_scaling=None), dtype, "v4"))
+    write_json(directory / "config.json", config_json(dict(config, rope_scaling=None), family, dtype, "v4"))
     golden = run_case(directory, tokens, positions, rotary, torch.float32)
     save_file(golden, str(directory / "golden.safetensors"))
     rounding = relative_error(golden, run_case(directory, tokens, positions, rotary, torch.float64))
@@ -219,7 +234,7 @@ def make_case(name, directory, rope):
         assert unscaled > 1e-2, f"{name}: the rope scaling makes no difference"
         line += f", from unscaled rope by {unscaled:.2f}"
     print(line)
-    write_json(directory / "config.json", config_json(config, dtype, spelling))
+    write_json(directory / "config.json", config_json(config, family, dtype, spelling))
 
 
 def main():

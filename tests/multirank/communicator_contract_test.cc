@@ -1,4 +1,5 @@
-// What every Communicator promises while nothing fails; run in process and under mpirun.
+// What every Communicator promises while nothing fails; run in process and under mpirun, for host memory and,
+// staged in slices so small that most calls take several, for memory of a device.
 
 #include <cstring>
 #include <numeric>
@@ -6,7 +7,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "tests/multirank/ranks.h"
+#include "parallel/staged_communicator.h"
+#include "tests/multirank/device_communicator.h"
+#include "tests/multirank/rank_backend.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -19,8 +22,24 @@ CpuStream g_stream;
 int64_t UnevenBytes(int rank) { return rank % 3 == 1 ? 0 : 5 + 7 * rank; }
 uint8_t Byte(int from, int to, int64_t i) { return static_cast<uint8_t>(31 * from + 17 * to + i); }
 
-TEST(CommunicatorContract, RanksAreNumberedAndCounted) {
-  for (const int size : GroupSizes()) {
+constexpr int64_t kSliceBytes = 150000;
+
+// "cpu": memory of the host, as it is.
+class CommunicatorContract : public RankBackendTest {
+ protected:
+  void OnEveryRank(int size, const std::function<void(Communicator& world)>& body) {
+    longfill::OnEveryRank(size, [&](Communicator& host) {
+      LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), host.rank()));
+      LF_ASSERT_OK_AND_ASSIGN(auto staged, CreateStagedCommunicator(host, *backend, kSliceBytes));
+      if (on_cpu()) return body(host);
+      DeviceCommunicator world(std::move(staged), *backend);
+      body(world);
+    });
+  }
+};
+
+TEST_P(CommunicatorContract, RanksAreNumberedAndCounted) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       EXPECT_EQ(world.size(), size);
       int64_t mask = int64_t{1} << world.rank();
@@ -30,8 +49,8 @@ TEST(CommunicatorContract, RanksAreNumberedAndCounted) {
   }
 }
 
-TEST(CommunicatorContract, AllGatherPlacesUnevenAndEmptyPiecesInRankOrder) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, AllGatherPlacesUnevenAndEmptyPiecesInRankOrder) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [](Communicator& world) {
       std::vector<int64_t> counts;
       std::vector<uint8_t> expected;
@@ -54,8 +73,8 @@ TEST(CommunicatorContract, AllGatherPlacesUnevenAndEmptyPiecesInRankOrder) {
   }
 }
 
-TEST(CommunicatorContract, FloatSumsAreFormedInRankOrder) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, FloatSumsAreFormedInRankOrder) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       for (const int64_t count : {0, 1, 2, 7, 1000, 100003}) {
         const auto value = [](int rank, int64_t i) {
@@ -74,8 +93,8 @@ TEST(CommunicatorContract, FloatSumsAreFormedInRankOrder) {
   }
 }
 
-TEST(CommunicatorContract, IntegerAndExtremalReductionsAreExact) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, IntegerAndExtremalReductionsAreExact) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       const int last = size - 1;
       std::vector<uint64_t> sum(65, (uint64_t{1} << 60) + world.rank());
@@ -91,8 +110,8 @@ TEST(CommunicatorContract, IntegerAndExtremalReductionsAreExact) {
   }
 }
 
-TEST(CommunicatorContract, BroadcastReachesAllFromEveryRoot) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, BroadcastReachesAllFromEveryRoot) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       for (int root = 0; root < size; ++root) {
         for (const int64_t bytes : {0, 1, 3000000}) {
@@ -105,8 +124,8 @@ TEST(CommunicatorContract, BroadcastReachesAllFromEveryRoot) {
   }
 }
 
-TEST(CommunicatorContract, AllToAllDeliversUnevenAndEmptyPieces) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, AllToAllDeliversUnevenAndEmptyPieces) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       const auto bytes = [](int from, int to) -> int64_t {
         return (from + 2 * to) % 4 == 1 ? 0 : 1000 * from + 77 * to + 1;
@@ -127,8 +146,8 @@ TEST(CommunicatorContract, AllToAllDeliversUnevenAndEmptyPieces) {
   }
 }
 
-TEST(CommunicatorContract, SplitGroupsAreOrderedByKeyAndWorkSideBySide) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, SplitGroupsAreOrderedByKeyAndWorkSideBySide) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       LF_ASSERT_OK_AND_ASSIGN(const auto parity, world.Split(world.rank() % 2, -world.rank()));
       LF_ASSERT_OK_AND_ASSIGN(const auto all, world.Split(0, 0));
@@ -150,8 +169,8 @@ TEST(CommunicatorContract, SplitGroupsAreOrderedByKeyAndWorkSideBySide) {
   }
 }
 
-TEST(CommunicatorContract, AgreedStatusIsThatOfTheLowestFailingRank) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, AgreedStatusIsThatOfTheLowestFailingRank) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       LF_EXPECT_OK(AgreeOnStatus(world, absl::OkStatus(), g_stream));
       const int lowest = size / 2;
@@ -168,8 +187,8 @@ TEST(CommunicatorContract, AgreedStatusIsThatOfTheLowestFailingRank) {
   }
 }
 
-TEST(CommunicatorContract, StringsOfAnyLengthTravel) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, StringsOfAnyLengthTravel) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       for (const size_t length : {size_t{0}, size_t{1}, size_t{100000}}) {
         const std::string text(length, 'x');
@@ -187,8 +206,8 @@ TEST(CommunicatorContract, StringsOfAnyLengthTravel) {
   }
 }
 
-TEST(CommunicatorContract, LargePiecesArriveWhole) {
-  for (const int size : GroupSizes()) {
+TEST_P(CommunicatorContract, LargePiecesArriveWhole) {
+  for (const int size : Sizes()) {
     OnEveryRank(size, [&](Communicator& world) {
       const int64_t words = 700001;
       std::vector<uint32_t> mine(words), all(words * size);
@@ -206,6 +225,8 @@ TEST(CommunicatorContract, LargePiecesArriveWhole) {
     });
   }
 }
+
+LF_INSTANTIATE_RANK_BACKENDS(CommunicatorContract);
 
 }  // namespace
 }  // namespace longfill

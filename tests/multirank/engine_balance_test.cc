@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <list>
 #include <numeric>
 
-#include "kernels/cpu/cpu_kernel_set.h"
+#include "kernels/api/backend.h"
 #include "kernels/sparse/coverage.h"
 #include "models/transformer.h"
 #include "parallel/head_placement.h"
@@ -21,40 +22,40 @@ constexpr int kSizes[] = {2, 4, 8};
 // Q and K of the first layer, which depend on no attention.
 class FirstLayer {
  public:
-  FirstLayer() : memory_(0), kernels_(CreateCpuKernelSet(pool_, memory_)) {}
-
   void Compute() {
     LF_ASSERT_OK_AND_ASSIGN(config_, LoadModelConfig(NeedleModel()));
     LF_ASSERT_OK_AND_ASSIGN(const auto weights, ModelWeights::Load(NeedleModel(), config_));
     LF_ASSERT_OK_AND_ASSIGN(rotary_, BuildRotaryTable(config_.rope, kBalanceTokens));
     const std::vector<int32_t> ids = FillerIds();
     std::vector<float> hidden(kBalanceTokens * config_.hidden_size);
-    LF_ASSERT_OK(kernels_->Embed({.ids = ids,
+    LF_ASSERT_OK(kernels().Embed({.ids = ids.data(),
+                                  .num_rows = kBalanceTokens,
                                   .table = weights->embedding().weight,
                                   .table_dtype = weights->embedding().dtype,
                                   .vocab_size = config_.vocab_size,
                                   .width = config_.hidden_size,
                                   .out = hidden.data()},
-                                 stream_));
-    LF_ASSERT_OK(kernels_->RmsNorm({.x = hidden.data(),
+                                 backend_->stream()));
+    LF_ASSERT_OK(kernels().RmsNorm({.x = hidden.data(),
                                     .weight = weights->layer(0).input_norm,
                                     .epsilon = static_cast<float>(config_.rms_norm_eps),
                                     .num_rows = kBalanceTokens,
                                     .width = config_.hidden_size,
                                     .out = hidden.data()},
-                                   stream_));
+                                   backend_->stream()));
     Project(weights->layer(0).q_proj, hidden, &q_);
     Project(weights->layer(0).k_proj, hidden, &k_);
   }
 
+  // Its lists live as long as this object.
   LayerIndex Index(const HeadPattern& pattern) {
-    const auto world = CreateSingleCommunicator();
-    auto builder = SparseIndexBuilder::Create(*kernels_, *world, GeometryOf(config_), Coverage::kTiles);
-    EXPECT_THAT(builder, IsOk());
+    auto created = SparseIndexBuilder::Create(*backend_, *world_, GeometryOf(config_), Coverage::kTiles);
+    EXPECT_THAT(created, IsOk());
+    SparseIndexBuilder& builder = builders_.emplace_back(*std::move(created));
     const std::vector<HeadPattern> patterns(config_.num_q_heads, pattern);
     const int64_t head_stride = kBalanceTokens * config_.head_dim;
-    auto index = builder->Build(ShardPlan({1, 1}, kBalanceTokens), {q_.data(), head_stride, config_.head_dim},
-                                {k_.data(), head_stride, config_.head_dim}, patterns, stream_);
+    auto index = builder.Build(ShardPlan({1, 1}, kBalanceTokens), {q_.data(), head_stride, config_.head_dim},
+                               {k_.data(), head_stride, config_.head_dim}, patterns);
     EXPECT_THAT(index, IsOk());
     return *std::move(index);
   }
@@ -65,9 +66,9 @@ class FirstLayer {
     heads->resize(projected.size());
     LF_ASSERT_OK_AND_ASSIGN(
         const Buffer workspace,
-        memory_.Allocate(kernels_->GemmWorkspaceBytes(kBalanceTokens, linear.in_width, linear.out_width),
-                         "GEMM"));
-    LF_ASSERT_OK(kernels_->Gemm({.x = x.data(),
+        backend_->memory().Allocate(
+            kernels().GemmWorkspaceBytes(kBalanceTokens, linear.in_width, linear.out_width), "GEMM"));
+    LF_ASSERT_OK(kernels().Gemm({.x = x.data(),
                                  .x_stride = linear.in_width,
                                  .weight = linear.weight,
                                  .weight_dtype = linear.dtype,
@@ -77,10 +78,10 @@ class FirstLayer {
                                  .out_width = linear.out_width,
                                  .out = projected.data(),
                                  .out_stride = linear.out_width},
-                                {workspace.data(), workspace.size_bytes()}, stream_));
-    LF_ASSERT_OK(kernels_->Rotary({.x = projected.data(),
+                                {workspace.data(), workspace.size_bytes()}, backend_->stream()));
+    LF_ASSERT_OK(kernels().Rotary({.x = projected.data(),
                                    .x_stride = linear.out_width,
-                                   .inv_freq = rotary_.inv_freq.data(),
+                                   .inv_freq = rotary_.inv_freq,
                                    .attention_scale = static_cast<float>(rotary_.attention_scale),
                                    .form = config_.rope.form,
                                    .rotary_dim = config_.rope.rotary_dim,
@@ -90,13 +91,14 @@ class FirstLayer {
                                    .head_dim = config_.head_dim,
                                    .out = heads->data(),
                                    .head_stride = kBalanceTokens * config_.head_dim},
-                                  stream_));
+                                  backend_->stream()));
   }
 
-  ThreadPool pool_{2};
-  CpuMemoryResource memory_;
-  CpuStream stream_;
-  std::unique_ptr<KernelSet> kernels_;
+  KernelSet& kernels() { return backend_->kernels(); }
+
+  const std::unique_ptr<Backend> backend_ = CreateCpuBackend(2);
+  const std::unique_ptr<Communicator> world_ = CreateSingleCommunicator();
+  std::list<SparseIndexBuilder> builders_;
   ModelConfig config_;
   RotaryTable rotary_;
   std::vector<float> q_, k_;  // [heads, tokens, head_dim]
@@ -106,11 +108,9 @@ class FirstLayer {
 std::vector<int64_t> SequenceLoads(const LayerIndex& index, int size) {
   const ShardPlan plan({size, 1}, kBalanceTokens);
   std::vector<int64_t> loads(size);
-  for (const SparseIndex& head : index.heads) {
-    std::vector<int64_t> per_row_block;
-    CountPairs(head, kBalanceTokens, &per_row_block);
-    for (size_t m = 0; m < per_row_block.size(); ++m) {
-      loads[plan.RankOfToken(static_cast<int64_t>(m) * kRowBlock)] += per_row_block[m];
+  for (const IndexView& head : index.heads) {
+    for (int64_t m = 0; m * kRowBlock < kBalanceTokens; ++m) {
+      loads[plan.RankOfToken(m * kRowBlock)] += CountRowBlockPairs(head, m, m + 1, kBalanceTokens).covered;
     }
   }
   return loads;

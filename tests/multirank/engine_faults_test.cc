@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "tests/multirank/engine_group.h"
 #include "tests/multirank/ranks.h"
+#include "tests/testing/guarded_backend.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -174,7 +175,7 @@ TEST(EngineFaults, ModelThatOneRankLacksIsTheSameErrorOnAll) {
 TEST(EngineFaults, BadRequestsAreRefusedBeforeAnyWork) {
   Recorder recorder;
   GroupOptions options = Options({2, 1});
-  options.memory_limit_bytes = 2 << 20;
+  options.memory_limit_bytes = 1500 << 10;
   const auto served = WithEngine(options, recorder, [&](PrefillEngine& engine) {
     const auto expect = [&](const PrefillRequest& request, absl::StatusCode code, const std::string& text) {
       EXPECT_THAT(engine.Validate(request), StatusIs(code, HasSubstr(text)));
@@ -280,6 +281,72 @@ TEST(EngineFaults, RankThatHangsEndsTheGroupAtTheDeadline) {
     recorder.Release();
   });
   EXPECT_FALSE(served[0].ok());
+}
+
+// A CPU whose device can be lost.
+class LosableBackend final : public Backend {
+ public:
+  const DeviceFacts& facts() const override { return cpu_->facts(); }
+  KernelSet& kernels() override { return cpu_->kernels(); }
+  MemoryResource& memory() override { return cpu_->memory(); }
+  MemoryResource& host_memory() override { return cpu_->host_memory(); }
+  Stream& stream() override { return cpu_->stream(); }
+  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override { return cpu_->NewStream(); }
+  absl::StatusOr<std::unique_ptr<Event>> NewEvent() override { return cpu_->NewEvent(); }
+  absl::StatusOr<int64_t> FreeMemoryBytes() override { return cpu_->FreeMemoryBytes(); }
+  absl::Status Health() override {
+    return lost ? absl::UnavailableError("it has fallen off the bus") : absl::OkStatus();
+  }
+  std::atomic<bool> lost = false;
+
+ private:
+  const std::unique_ptr<Backend> cpu_ = CreateCpuBackend(1);
+};
+
+// An error finds out that the device is gone; the group ends with it, on the other rank too.
+TEST(EngineFaults, LostDeviceBreaksTheGroup) {
+  Recorder recorder;
+  OnEveryRank(2, [&](Communicator& world) {
+    const auto backend = std::make_shared<LosableBackend>();
+    LF_ASSERT_OK_AND_ASSIGN(
+        const auto engine,
+        PrefillEngine::Create({.model_dir = GoldenModel("llama-gqa4"), .mesh = {2, 1}}, world, backend));
+    EXPECT_EQ(&engine->backend(), backend.get());
+    if (world.rank() == 1) {
+      EXPECT_FALSE(
+          engine
+              ->Serve(
+                  recorder.Factory(world), [] { return absl::OkStatus(); }, [](const absl::Status&) {})
+              .ok());
+      EXPECT_FALSE(engine->healthy());
+      return;
+    }
+    LF_EXPECT_OK(Prefill(*engine, recorder, Request("good")).status());
+    backend->lost = true;
+    EXPECT_THAT(Prefill(*engine, recorder, Request("append fails on 0")),
+                StatusIs(absl::StatusCode::kUnavailable,
+                         AllOf(HasSubstr("device is lost"), HasSubstr("fallen off the bus"))));
+    EXPECT_FALSE(engine->healthy());
+  });
+}
+
+TEST(EngineFaults, MemoryThatIsNotThereEndsTheRequestAndNoMore) {
+  Recorder recorder;
+  const auto world = CreateSingleCommunicator();
+  const std::shared_ptr<Backend> backend = CreateLimitedCpuBackend(2 << 20);
+  LF_ASSERT_OK_AND_ASSIGN(
+      const auto engine,
+      PrefillEngine::Create({.model_dir = GoldenModel("llama-gqa4"), .mesh = {1, 1}}, *world, backend));
+  const PrefillRequest small = MakeRequest("small", RandomIds(50, kVocab, 1), "vertical-slash:40,120");
+  LF_EXPECT_OK(Prefill(*engine, recorder, small).status());
+  const int64_t idle_bytes = backend->memory().bytes_in_use();
+  EXPECT_THAT(Prefill(*engine, recorder, Request("large")),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("no memory for")));
+  EXPECT_TRUE(engine->healthy());
+  EXPECT_EQ(backend->memory().bytes_in_use(), idle_bytes);
+  PrefillRequest again = small;
+  again.request_id = "again";
+  LF_EXPECT_OK(Prefill(*engine, recorder, again).status());
 }
 
 TEST(EngineFaults, KeepAliveHoldsAnIdleGroupTogetherUntilShutdown) {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstdlib>
 #include <random>
 #include <thread>
 
@@ -32,16 +32,16 @@ class RecordingSink final : public KvSink {
     kv_->appended.resize(spec.num_layers * rows_);
   }
 
-  absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const float> key,
-                      HeadsView<const float> value) override {
+  absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
+                      HeadsView<const void> value, DType dtype) override {
     const KvTransferSpec& spec = kv_->spec;
     if (layer == 1) LF_RETURN_IF_ERROR(Fault());
     for (int64_t head = 0; head < spec.num_kv_heads; ++head) {
       for (int64_t row = row_begin; row < row_end; ++row) {
         const int64_t at = ((layer * spec.num_kv_heads + head) * rows_ + row) * spec.head_dim;
-        const auto copy = [&](HeadsView<const float> from, std::vector<float>& to) {
-          std::memcpy(&to[at], from.data + head * from.head_stride + (row - row_begin) * from.row_stride,
-                      spec.head_dim * sizeof(float));
+        const auto copy = [&](HeadsView<const void> from, std::vector<float>& to) {
+          const int64_t offset = head * from.head_stride + (row - row_begin) * from.row_stride;
+          WidenToFloat(Advance(from.data, offset, dtype), dtype, spec.head_dim, &to[at]);
         };
         copy(key, kv_->key);
         copy(value, kv_->value);
@@ -141,13 +141,15 @@ std::vector<absl::Status> WithEngine(const GroupOptions& options, Recorder& reco
   std::vector<absl::Status> served(size - 1);
   const auto play = [&](Communicator& world) {
     const int rank = world.rank();
-    LF_ASSERT_OK_AND_ASSIGN(const auto engine,
-                            PrefillEngine::Create({.model_dir = options.model_dir,
-                                                   .mesh = options.mesh,
-                                                   .attention = options.attention,
-                                                   .memory_limit_bytes = options.memory_limit_bytes,
-                                                   .ranks_on_host = size},
-                                                  world));
+    LF_ASSERT_OK_AND_ASSIGN(
+        const auto engine,
+        PrefillEngine::Create({.model_dir = options.model_dir,
+                               .mesh = options.mesh,
+                               .device = {.kind = options.device, .ranks_on_host = size, .local_rank = rank},
+                               .attention = options.attention,
+                               .kv_export = options.kv_export,
+                               .memory_limit_bytes = options.memory_limit_bytes},
+                              world));
     if (rank == 0) {
       rank0(*engine);
       LF_EXPECT_OK(engine->Shutdown());
@@ -174,6 +176,9 @@ absl::StatusOr<PrefillResult> Prefill(PrefillEngine& engine, Recorder& recorder,
 }
 
 std::string GoldenModel(const std::string& name) {
+  // Where a test program runs away from its sources (tests/gpu), the environment says where the models are.
+  const char* elsewhere = std::getenv("LONGFILL_GOLDEN_DIR");
+  if (elsewhere != nullptr) return absl::StrCat(elsewhere, "/", name);
   return absl::StrCat(LONGFILL_SOURCE_DIR, "/tests/golden/data/", name);
 }
 

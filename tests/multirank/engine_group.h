@@ -60,7 +60,9 @@ class Recorder {
 struct GroupOptions {
   std::string model_dir;
   Mesh mesh;
+  DeviceKind device = DeviceKind::kCpu;
   AttentionDefaults attention;
+  KvExportOptions kv_export;
   std::chrono::milliseconds timeout{60000};
   int64_t memory_limit_bytes = int64_t{1} << 40;
   // Asked on the ranks other than 0; may be empty.

@@ -1,8 +1,7 @@
 #ifndef LONGFILL_TESTS_MULTIRANK_PROMPT_H_
 #define LONGFILL_TESTS_MULTIRANK_PROMPT_H_
 
-// A random prompt's Q, K and V, whole and as one rank holds them, and everything a rank needs to work on
-// them.
+// A random prompt's Q, K and V, whole and as one rank holds them in the memory of its backend.
 
 #include <cmath>
 #include <cstring>
@@ -10,9 +9,11 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cpu/cpu_kernel_set.h"
+#include "kernels/api/backend.h"
 #include "parallel/attention_geometry.h"
 #include "parallel/mesh.h"
+#include "parallel/staged_communicator.h"
+#include "tests/testing/status_matchers.h"
 
 namespace longfill {
 
@@ -29,21 +30,27 @@ struct Prompt {
     for (auto* values : {&q, &k, &v}) {
       values->resize(per_head * (values == &q ? geometry.num_q_heads : geometry.num_kv_heads));
       for (float& value : *values) value = normal(random);
+      Round(values);
     }
   }
 
   AttentionGeometry geometry;
   int64_t num_tokens = 0;
-  std::vector<float> q, k, v;  // [heads, num_tokens, head_dim]
+  std::vector<float> q, k, v;  // [heads, num_tokens, head_dim], values that bfloat16 holds exactly
+
+ private:
+  static void Round(std::vector<float>* values) {
+    std::vector<uint16_t> narrow(values->size());
+    const auto count = static_cast<int64_t>(values->size());
+    NarrowFromFloat(values->data(), count, DType::kBFloat16, narrow.data());
+    WidenToFloat(narrow.data(), DType::kBFloat16, count, values->data());
+  }
 };
 
-// One rank's share, and its backend.
+// One rank's share.
 struct RankPrompt {
-  RankPrompt(const Prompt& prompt, const ShardPlan& plan, int rank, int64_t memory_limit_bytes = 0)
-      : memory(memory_limit_bytes),
-        kernels(CreateCpuKernelSet(pool, memory)),
-        width(prompt.geometry.head_dim),
-        num_rows(plan.NumTokens(rank)) {
+  RankPrompt(const Prompt& prompt, const ShardPlan& plan, int rank, Backend& backend_in)
+      : backend(backend_in), width(prompt.geometry.head_dim), num_rows(plan.NumTokens(rank)) {
     const PositionMap positions = plan.TokenPositions(rank);
     const auto deal = [&](const std::vector<float>& whole, int64_t heads) {
       std::vector<float> mine(heads * num_rows * width);
@@ -54,23 +61,44 @@ struct RankPrompt {
                       width * sizeof(float));
         }
       }
-      return mine;
+      return Upload(mine);
     };
     q = deal(prompt.q, prompt.geometry.num_q_heads);
     k = deal(prompt.k, prompt.geometry.num_kv_heads);
     v = deal(prompt.v, prompt.geometry.num_kv_heads);
   }
 
-  HeadsView<const float> View(const std::vector<float>& values) const {
-    return {values.data(), num_rows * width, width};
+  HeadsView<const void> View(const Buffer& values) const { return {values.data(), num_rows * width, width}; }
+
+  // fp32 on the host to the compute dtype on the device and back.
+  Buffer Upload(const std::vector<float>& values) const {
+    const auto count = static_cast<int64_t>(values.size());
+    const DType dtype = backend.kernels().compute_dtype();
+    std::vector<char> narrow(count * DTypeBytes(dtype));
+    NarrowFromFloat(values.data(), count, dtype, narrow.data());
+    absl::StatusOr<Buffer> buffer =
+        backend.memory().Allocate(static_cast<int64_t>(narrow.size()), "a test array");
+    EXPECT_THAT(buffer, IsOk());
+    if (!buffer.ok()) return {};
+    LF_EXPECT_OK(
+        backend.kernels().CopyIn(buffer->data(), narrow.data(), buffer->size_bytes(), backend.stream()));
+    return *std::move(buffer);
+  }
+  std::vector<float> Download(const Buffer& buffer) const {
+    const DType dtype = backend.kernels().compute_dtype();
+    std::vector<char> narrow(buffer.size_bytes());
+    LF_EXPECT_OK(
+        backend.kernels().CopyOut(narrow.data(), buffer.data(), buffer.size_bytes(), backend.stream()));
+    LF_EXPECT_OK(backend.stream().Sync());
+    std::vector<float> values(narrow.size() / DTypeBytes(dtype));
+    WidenToFloat(narrow.data(), dtype, static_cast<int64_t>(values.size()), values.data());
+    return values;
   }
 
-  ThreadPool pool{1};
-  CpuMemoryResource memory;
-  std::unique_ptr<KernelSet> kernels;
+  Backend& backend;
   int64_t width = 0;
   int64_t num_rows = 0;
-  std::vector<float> q, k, v;
+  Buffer q, k, v;
 };
 
 }  // namespace longfill

@@ -8,8 +8,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/oracle/oracle.h"
+#include "kernels/sparse/coverage.h"
 #include "tests/multirank/prompt.h"
-#include "tests/multirank/ranks.h"
+#include "tests/multirank/rank_backend.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -17,10 +18,8 @@ namespace {
 
 using testing::HasSubstr;
 
-CpuStream g_stream;
-
-constexpr int64_t kSelectBlocksScratch = 32 << 10;  // the CPU kernels' own, at these sizes
 constexpr int64_t kLengths[] = {0, 1, 5, 63, 64, 65, 127, 128, 129, 300, 1000, 1337};
+constexpr int64_t kFewLengths[] = {0, 65, 300, 1337};
 
 std::vector<HeadPattern> MixedPatterns(int64_t num_heads) {
   const std::vector<HeadPattern> kinds{
@@ -31,50 +30,105 @@ std::vector<HeadPattern> MixedPatterns(int64_t num_heads) {
   return patterns;
 }
 
-absl::StatusOr<LayerIndex> BuildOn(Communicator& world, const Prompt& prompt, const Mesh& mesh,
-                                   Coverage coverage, std::span<const HeadPattern> patterns,
-                                   int64_t memory_limit_bytes = 0) {
-  const ShardPlan plan(mesh, prompt.num_tokens);
-  RankPrompt mine(prompt, plan, world.rank(), memory_limit_bytes);
-  LF_ASSIGN_OR_RETURN(SparseIndexBuilder builder,
-                      SparseIndexBuilder::Create(*mine.kernels, world, prompt.geometry, coverage));
-  auto layer = builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns, g_stream);
-  EXPECT_LE(
-      mine.memory.peak_bytes(),
-      SparseIndexBuilder::PlanBytes(*mine.kernels, prompt.geometry, plan, patterns) + kSelectBlocksScratch);
-  EXPECT_EQ(mine.memory.bytes_in_use(), 0);
-  return layer;
-}
+// A layer's index on the host.
+struct HostLayer {
+  std::vector<SparseIndex> heads;
+  std::vector<PairCounts> pairs;
+};
 
-absl::StatusOr<LayerIndex> BuildAlone(const Prompt& prompt, Coverage coverage,
-                                      std::span<const HeadPattern> patterns) {
-  const auto single = CreateSingleCommunicator();
-  return BuildOn(*single, prompt, {1, 1}, coverage, patterns);
-}
-
-void ExpectSameOnEveryMesh(const Prompt& prompt, Coverage coverage, std::span<const HeadPattern> patterns) {
-  LF_ASSERT_OK_AND_ASSIGN(const LayerIndex expected, BuildAlone(prompt, coverage, patterns));
-  for (const int size : GroupSizes()) {
-    for (const Mesh& mesh : Factorisations(size)) {
-      SCOPED_TRACE(testing::Message() << prompt.num_tokens << " tokens, mesh " << ToString(mesh));
-      OnEveryRank(size, [&](Communicator& world) {
-        LF_ASSERT_OK_AND_ASSIGN(const LayerIndex got, BuildOn(world, prompt, mesh, coverage, patterns));
-        ASSERT_EQ(got.heads.size(), expected.heads.size());
-        for (size_t h = 0; h < patterns.size(); ++h) {
-          EXPECT_TRUE(got.heads[h] == expected.heads[h])
-              << "rank " << world.rank() << " head " << h << " " << ToString(patterns[h]) << ", "
-              << prompt.num_tokens << " tokens, mesh " << ToString(mesh);
-          EXPECT_EQ(got.pairs[h], expected.pairs[h]) << "head " << h;
-        }
-      });
+void CheckLayer(const LayerIndex& layer, const HostLayer& host, std::span<const HeadPattern> patterns,
+                int64_t num_tokens) {
+  EXPECT_GE(layer.seconds, 0);
+  EXPECT_GE(layer.communication_seconds, 0);
+  for (size_t h = 0; h < host.heads.size(); ++h) {
+    LF_EXPECT_OK(ValidateIndex(host.heads[h], num_tokens));
+    const PackedIndices packed({&host.heads[h], 1});
+    const PairCounts expected = CountPairs(packed.Views(packed.data())[0], num_tokens);
+    EXPECT_EQ(host.pairs[h].covered, expected.covered) << "head " << h;
+    if (!std::holds_alternative<BlockSparse>(patterns[h])) {
+      EXPECT_EQ(host.pairs[h].published, expected.published) << "head " << h;
     }
   }
 }
 
-TEST(DistributedIndex, IsTheSameBitForBitOnEveryMesh) {
+// Every layer is built twice, on the same builder: memory is the plan's, and the second is the first again.
+absl::StatusOr<HostLayer> BuildOn(const std::string& backend_name, Communicator& host, const Prompt& prompt,
+                                  const Mesh& mesh, Coverage coverage, std::span<const HeadPattern> patterns,
+                                  int64_t memory_limit_bytes = 0) {
+  LF_ASSIGN_OR_RETURN(const auto backend, RankBackend(backend_name, host.rank()));
+  auto limited = backend;
+  if (memory_limit_bytes > 0) {
+    LF_ASSIGN_OR_RETURN(limited, RankBackend(backend_name, host.rank(), memory_limit_bytes));
+  }
+  LF_ASSIGN_OR_RETURN(const auto world, CreateStagedCommunicator(host, *limited));
+  const ShardPlan plan(mesh, prompt.num_tokens);
+  const RankPrompt mine(prompt, plan, host.rank(), *backend);
+  MemoryResource& memory = limited->memory();
+  const int64_t before = memory.bytes_in_use();
+  HostLayer result;
+  {
+    LF_ASSIGN_OR_RETURN(SparseIndexBuilder builder,
+                        SparseIndexBuilder::Create(*limited, *world, prompt.geometry, coverage));
+    memory.ResetPeak();
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      LF_ASSIGN_OR_RETURN(const LayerIndex layer,
+                          builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns));
+      HostLayer got{.pairs = layer.pairs};
+      for (const IndexView& view : layer.heads) {
+        got.heads.push_back(DownloadIndex(*limited, view, prompt.num_tokens));
+      }
+      CheckLayer(layer, got, patterns, prompt.num_tokens);
+      if (repeat > 0) {
+        EXPECT_TRUE(got.heads == result.heads);
+        EXPECT_TRUE(got.pairs == result.pairs);
+      }
+      result = std::move(got);
+    }
+    EXPECT_EQ(memory.bytes_in_use() - before, SparseIndexBuilder::IndexBytes(plan, patterns));
+    const int64_t planned =
+        SparseIndexBuilder::PlanBytes(limited->kernels(), prompt.geometry, plan, patterns);
+    EXPECT_LE(memory.peak_bytes() - before, planned);
+    if (host.rank() == 0) {
+      EXPECT_EQ(memory.peak_bytes() - before, planned) << "rank 0 needs most";
+    }
+  }
+  EXPECT_EQ(memory.bytes_in_use(), before);
+  return result;
+}
+
+class DistributedIndex : public RankBackendTest {
+ protected:
+  absl::StatusOr<HostLayer> BuildAlone(const Prompt& prompt, Coverage coverage,
+                                       std::span<const HeadPattern> patterns) {
+    const auto single = CreateSingleCommunicator();
+    return BuildOn(GetParam(), *single, prompt, {1, 1}, coverage, patterns);
+  }
+
+  void ExpectSameOnEveryMesh(const Prompt& prompt, Coverage coverage, std::span<const HeadPattern> patterns) {
+    LF_ASSERT_OK_AND_ASSIGN(const HostLayer expected, BuildAlone(prompt, coverage, patterns));
+    for (const int size : Sizes()) {
+      for (const Mesh& mesh : Factorisations(size)) {
+        SCOPED_TRACE(testing::Message() << prompt.num_tokens << " tokens, mesh " << ToString(mesh));
+        OnEveryRank(size, [&](Communicator& world) {
+          LF_ASSERT_OK_AND_ASSIGN(const HostLayer got,
+                                  BuildOn(GetParam(), world, prompt, mesh, coverage, patterns));
+          ASSERT_EQ(got.heads.size(), expected.heads.size());
+          for (size_t h = 0; h < patterns.size(); ++h) {
+            EXPECT_TRUE(got.heads[h] == expected.heads[h])
+                << "rank " << world.rank() << " head " << h << " " << ToString(patterns[h]) << ", "
+                << prompt.num_tokens << " tokens, mesh " << ToString(mesh);
+            EXPECT_EQ(got.pairs[h], expected.pairs[h]) << "head " << h;
+          }
+        });
+      }
+    }
+  }
+};
+
+TEST_P(DistributedIndex, IsTheSameBitForBitOnEveryMesh) {
   const AttentionGeometry geometries[] = {MakeGeometry(4, 1), MakeGeometry(7, 1), MakeGeometry(3, 3)};
   uint32_t seed = 1;
-  for (const int64_t num_tokens : kLengths) {
+  for (const int64_t num_tokens : on_cpu() ? std::span<const int64_t>(kLengths) : kFewLengths) {
     for (const AttentionGeometry& geometry : geometries) {
       const Prompt prompt(geometry, num_tokens, ++seed);
       ExpectSameOnEveryMesh(prompt, seed % 2 == 0 ? Coverage::kTiles : Coverage::kParity,
@@ -83,12 +137,12 @@ TEST(DistributedIndex, IsTheSameBitForBitOnEveryMesh) {
   }
 }
 
-TEST(DistributedIndex, TiesGoToTheLowerIndexOnEveryMesh) {
+TEST_P(DistributedIndex, TiesGoToTheLowerIndexOnEveryMesh) {
   Prompt prompt(MakeGeometry(2, 1), 1000, 1);
   std::fill(prompt.k.begin(), prompt.k.end(), 0.0f);  // every key has the same score
   const std::vector<HeadPattern> patterns{VerticalSlash{300, 400}, BlockSparse{4}};
   ExpectSameOnEveryMesh(prompt, Coverage::kParity, patterns);
-  LF_ASSERT_OK_AND_ASSIGN(const LayerIndex layer, BuildAlone(prompt, Coverage::kParity, patterns));
+  LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kParity, patterns));
   const auto& lines = std::get<DiagonalColumnIndex>(layer.heads[0]);
   ASSERT_EQ(lines.columns.size(), 300u);
   for (int32_t i = 0; i < 300; ++i) EXPECT_EQ(lines.columns[i], i);
@@ -113,12 +167,12 @@ void ExpectSameUpToCut(const std::vector<int32_t>& got, const std::vector<int32_
   EXPECT_LE(highest - lowest, tolerance * std::max(std::abs(highest), std::abs(lowest)));
 }
 
-TEST(DistributedIndex, AgreesWithTheDefinitionInFp64) {
+TEST_P(DistributedIndex, AgreesWithTheDefinitionInFp64) {
   const AttentionGeometry geometry = MakeGeometry(2, 1);
   for (const int64_t num_tokens : {1, 65, 300, 1337}) {
     const Prompt prompt(geometry, num_tokens, 77);
     const std::vector<HeadPattern> patterns{VerticalSlash{90, 150}, BlockSparse{3}};
-    LF_ASSERT_OK_AND_ASSIGN(const LayerIndex layer, BuildAlone(prompt, Coverage::kTiles, patterns));
+    LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
     const auto expected =
         oracle::SelectVerticalSlash(prompt.q.data(), prompt.k.data(), num_tokens, geometry.head_dim,
                                     geometry.scale, std::get<VerticalSlash>(patterns[0]));
@@ -138,25 +192,96 @@ TEST(DistributedIndex, AgreesWithTheDefinitionInFp64) {
   }
 }
 
-TEST(DistributedIndex, BadPatternAndMissingMemoryAreTheSameErrorOnAllRanks) {
+// The published kernels force no block, so what they cover is the parity selection.
+TEST_P(DistributedIndex, PublishedPairsOfBlocksAreThoseOfTheUnforcedSelection) {
+  const Prompt prompt(MakeGeometry(2, 1), 1337, 5);
+  const std::vector<HeadPattern> patterns{BlockSparse{3}, BlockSparse{7}};
+  LF_ASSERT_OK_AND_ASSIGN(const HostLayer tiles, BuildAlone(prompt, Coverage::kTiles, patterns));
+  LF_ASSERT_OK_AND_ASSIGN(const HostLayer parity, BuildAlone(prompt, Coverage::kParity, patterns));
+  for (size_t h = 0; h < patterns.size(); ++h) {
+    EXPECT_FALSE(tiles.heads[h] == parity.heads[h]);
+    EXPECT_EQ(tiles.pairs[h].published, parity.pairs[h].covered);
+    EXPECT_EQ(parity.pairs[h].published, parity.pairs[h].covered);
+  }
+}
+
+// Layers with other patterns and prompts of other lengths on one builder.
+TEST_P(DistributedIndex, OneBuilderServesLayersThatDiffer) {
+  LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), 0));
+  const auto single = CreateSingleCommunicator();
+  LF_ASSERT_OK_AND_ASSIGN(const auto world, CreateStagedCommunicator(*single, *backend));
+  LF_ASSERT_OK_AND_ASSIGN(SparseIndexBuilder builder,
+                          SparseIndexBuilder::Create(*backend, *world, MakeGeometry(2, 1), Coverage::kTiles));
+  const std::vector<HeadPattern> layers[] = {{AShape{3, 70}, Dense{}},
+                                             {AShape{3, 70}, VerticalSlash{40, 60}},
+                                             {Dense{}, AShape{5, 70}},
+                                             {VerticalSlash{40, 60}, BlockSparse{2}},
+                                             {Dense{}, AShape{5, 70}}};
+  for (const int64_t num_tokens : {300, 0, 700}) {
+    const Prompt prompt(MakeGeometry(2, 1), num_tokens, 6);
+    const ShardPlan plan({1, 1}, num_tokens);
+    const RankPrompt mine(prompt, plan, 0, *backend);
+    for (const std::vector<HeadPattern>& patterns : layers) {
+      LF_ASSERT_OK_AND_ASSIGN(const LayerIndex layer,
+                              builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns));
+      LF_ASSERT_OK_AND_ASSIGN(const HostLayer expected, BuildAlone(prompt, Coverage::kTiles, patterns));
+      for (size_t h = 0; h < patterns.size(); ++h) {
+        EXPECT_TRUE(DownloadIndex(*backend, layer.heads[h], num_tokens) == expected.heads[h])
+            << ToString(patterns[h]) << ", " << num_tokens << " tokens";
+        EXPECT_EQ(layer.pairs[h], expected.pairs[h]);
+      }
+    }
+  }
+}
+
+// More scores than are kept at once on the CPU: heads with equal queries have equal lists whichever heads
+// they are ranked with. Only the last queries are read, so all rows of a head may be one.
+TEST_P(DistributedIndex, HeadsThatAreRankedInSeveralBatchesAreRankedAlike) {
+  if (!on_cpu()) GTEST_SKIP() << "one batch holds all heads of a layer on a device";
+  constexpr int64_t kTokens = 600000;
+  const AttentionGeometry geometry = MakeGeometry(16, 1, 8);
+  LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), 0));
+  const auto world = CreateSingleCommunicator();
+  LF_ASSERT_OK_AND_ASSIGN(SparseIndexBuilder builder,
+                          SparseIndexBuilder::Create(*backend, *world, geometry, Coverage::kTiles));
+  const Prompt keys(MakeGeometry(1, 1, 8), kTokens, 9);
+  const std::vector<float> one_query(keys.q.begin(), keys.q.begin() + 8);
+  const std::vector<HeadPattern> patterns(16, VerticalSlash{500, 700});
+  LF_ASSERT_OK_AND_ASSIGN(const LayerIndex layer,
+                          builder.Build(ShardPlan({1, 1}, kTokens), HeadsView<const float>{one_query.data()},
+                                        HeadsView<const float>{keys.k.data(), 0, 8}, patterns));
+  const SparseIndex first = DownloadIndex(*backend, layer.heads[0], kTokens);
+  LF_EXPECT_OK(ValidateIndex(first, kTokens));
+  EXPECT_EQ(std::get<DiagonalColumnIndex>(first).distances.size(), 700u);
+  for (size_t h = 1; h < patterns.size(); ++h) {
+    EXPECT_TRUE(DownloadIndex(*backend, layer.heads[h], kTokens) == first) << "head " << h;
+    EXPECT_EQ(layer.pairs[h], layer.pairs[0]) << "head " << h;
+  }
+}
+
+TEST_P(DistributedIndex, BadPatternAndMissingMemoryAreTheSameErrorOnAllRanks) {
   const Prompt prompt(MakeGeometry(2, 1), 1000, 3);
-  for (const int size : GroupSizes()) {
+  for (const int size : Sizes()) {
     const Mesh mesh{size, 1};
     OnEveryRank(size, [&](Communicator& world) {
       const std::vector<HeadPattern> good{VerticalSlash{40, 60}, Dense{}};
       const std::vector<HeadPattern> bad{VerticalSlash{-1, 60}, Dense{}};
       const std::vector<HeadPattern>& mine = world.rank() == size - 1 ? bad : good;
-      EXPECT_THAT(BuildOn(world, prompt, mesh, Coverage::kTiles, mine).status(),
+      EXPECT_THAT(BuildOn(GetParam(), world, prompt, mesh, Coverage::kTiles, mine).status(),
                   StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("-1")));
-      const int64_t limit = world.rank() == size - 1 ? 1000 : 0;
-      EXPECT_THAT(BuildOn(world, prompt, mesh, Coverage::kTiles, good, limit).status(),
-                  StatusIs(absl::StatusCode::kResourceExhausted,
-                           HasSubstr(size > 1 ? absl::StrCat("rank ", size - 1, ": no memory for")
-                                              : "no memory for")));
-      LF_EXPECT_OK(BuildOn(world, prompt, mesh, Coverage::kTiles, good).status());
+      if (!on_gpu()) {  // whose memory cannot be limited
+        const int64_t limit = world.rank() == size - 1 ? 1000 : 0;
+        EXPECT_THAT(BuildOn(GetParam(), world, prompt, mesh, Coverage::kTiles, good, limit).status(),
+                    StatusIs(absl::StatusCode::kResourceExhausted,
+                             HasSubstr(size > 1 ? absl::StrCat("rank ", size - 1, ": no memory for")
+                                                : "no memory for")));
+      }
+      LF_EXPECT_OK(BuildOn(GetParam(), world, prompt, mesh, Coverage::kTiles, good).status());
     });
   }
 }
+
+LF_INSTANTIATE_RANK_BACKENDS(DistributedIndex);
 
 }  // namespace
 }  // namespace longfill

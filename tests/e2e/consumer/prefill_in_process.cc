@@ -21,8 +21,8 @@ std::atomic<int64_t> rows_received{0};
 class CountingSink : public longfill::KvSink {
  public:
   absl::Status Append(int64_t /*layer*/, int64_t row_begin, int64_t row_end,
-                      longfill::HeadsView<const float> /*key*/,
-                      longfill::HeadsView<const float> /*value*/) override {
+                      longfill::HeadsView<const void> /*key*/, longfill::HeadsView<const void> /*value*/,
+                      longfill::DType /*dtype*/) override {
     rows_received += row_end - row_begin;
     return absl::OkStatus();
   }
@@ -63,7 +63,7 @@ int main(int argc, char** argv) {
   longfill::EngineOptions options;
   options.model_dir = argv[1];
   options.mesh = {num_ranks, 1};
-  options.ranks_on_host = num_ranks;
+  options.device.ranks_on_host = num_ranks;
   auto world = longfill::CreateInProcessCommunicators(num_ranks, {});
   std::vector<absl::Status> outcome(world.size());
   std::vector<std::thread> ranks;

@@ -1,11 +1,14 @@
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "kernels/base/dtype.h"
 #include "kernels/base/memory.h"
+#include "kernels/base/stream.h"
 #include "kernels/base/thread_pool.h"
 #include "tests/testing/status_matchers.h"
 
@@ -84,6 +87,38 @@ TEST(MemoryTest, LimitIsResourceExhaustedNamingWhatAndHowMuch) {
               StatusIs(absl::StatusCode::kResourceExhausted, AllOf(HasSubstr("scores"), HasSubstr("101"))));
   EXPECT_THAT(memory.Allocate(-1, "x"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("-1")));
   LF_EXPECT_OK(memory.Allocate(0, "nothing"));
+}
+
+class OtherDeviceStream final : public Stream {
+ public:
+  DeviceKind device() const override { return DeviceKind::kCuda; }
+  absl::Status Sync() override { return absl::OkStatus(); }
+  absl::Status WaitFor(const Event&) override { return absl::OkStatus(); }
+};
+
+TEST(CpuEventTest, MeasuresTheTimeBetweenTwoRecords) {
+  CpuStream stream;
+  CpuEvent first, second;
+  EXPECT_THAT(second.SecondsSince(first),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("never recorded")));
+  LF_ASSERT_OK(first.Record(stream));
+  EXPECT_THAT(second.SecondsSince(first),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("never recorded")));
+  const auto start = std::chrono::steady_clock::now();
+  std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  LF_ASSERT_OK(second.Record(stream));
+  const std::chrono::duration<double> most = std::chrono::steady_clock::now() - start;
+  LF_ASSERT_OK_AND_ASSIGN(const double seconds, second.SecondsSince(first));
+  EXPECT_GE(seconds, 0.002);
+  EXPECT_LT(seconds, most.count() + 1);
+  LF_EXPECT_OK(second.Wait());
+}
+
+TEST(CpuEventTest, IsOfItsOwnDeviceOnly) {
+  OtherDeviceStream stream;
+  CpuEvent event;
+  EXPECT_THAT(event.Record(stream),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("another device")));
 }
 
 TEST(ThreadPoolTest, RunsEveryTaskOnce) {

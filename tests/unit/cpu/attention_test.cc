@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/oracle/oracle.h"
 #include "kernels/sparse/coverage.h"
+#include "tests/testing/host_index.h"
 #include "tests/unit/cpu/cpu_test_util.h"
 
 namespace longfill {
@@ -51,6 +52,13 @@ Head BlockHead(int64_t n, int64_t per_row, uint32_t seed) {
   return {index, oracle::BlockMask(blocks, n)};
 }
 
+PackedIndices Pack(const std::vector<Head>& heads) {
+  std::vector<SparseIndex> indices;
+  indices.reserve(heads.size());
+  for (const Head& head : heads) indices.push_back(head.index);
+  return PackedIndices(indices);
+}
+
 // A whole prompt: inputs, indices and what the oracle makes of them.
 struct Prompt {
   Prompt(int64_t n, int64_t q_heads, int64_t kv_heads, int64_t dim, std::vector<Head> kinds, uint32_t seed)
@@ -59,12 +67,13 @@ struct Prompt {
         num_kv_heads(kv_heads),
         head_dim(dim),
         heads(std::move(kinds)),
+        packed(Pack(heads)),
+        indices(packed.Views(packed.data())),
         q(RandomFloats(q_heads * n * dim, seed)),
         k(RandomFloats(kv_heads * n * dim, seed + 1)),
         v(RandomFloats(kv_heads * n * dim, seed + 2)),
         scale(1.0 / std::sqrt(static_cast<double>(dim))) {
     for (const Head& head : heads) {
-      indices.push_back(&head.index);
       masks.push_back(&head.mask);
       pairs += head.mask.CountPairs();
     }
@@ -89,9 +98,10 @@ struct Prompt {
 
   int64_t num_tokens, num_q_heads, num_kv_heads, head_dim;
   std::vector<Head> heads;
+  PackedIndices packed;
+  std::vector<IndexView> indices;
   std::vector<float> q, k, v;
   double scale;
-  std::vector<const SparseIndex*> indices;
   std::vector<const oracle::Mask*> masks;
   int64_t pairs = 0;
   oracle::AttentionOutput<double> want;
@@ -110,6 +120,10 @@ struct Piece {
   std::optional<Result> earlier;       // merged with
   bool want_lse = true;
 };
+
+Workspace AttentionWorkspace(CpuBackend& backend, int64_t head_dim) {
+  return backend.WorkspaceOf(backend.kernels().AttentionWorkspaceBytes({.head_dim = head_dim}));
+}
 
 Result RunAttention(CpuBackend& backend, const Prompt& prompt, const Piece& piece) {
   const std::vector<float> q = prompt.Rows(prompt.q, prompt.head_dim, piece.map, piece.rows);
@@ -153,12 +167,15 @@ Result RunAttention(CpuBackend& backend, const Prompt& prompt, const Piece& piec
   params.scale = static_cast<float>(prompt.scale);
   params.merge = piece.earlier.has_value();
   params.sequences = {&sequence, 1};
-  params.covered_pairs = &result.covered;
-  params.computed_pairs = &result.computed;
-  EXPECT_THAT(backend.kernels().Attention(
-                  params, backend.WorkspaceOf(backend.kernels().AttentionWorkspaceBytes(prompt.head_dim)),
-                  backend.stream()),
-              IsOk());
+  int64_t covered = 1000;  // counts are added to what is there
+  int64_t computed = 2000;
+  params.covered_pairs = &covered;
+  params.computed_pairs = &computed;
+  EXPECT_THAT(
+      backend.kernels().Attention(params, AttentionWorkspace(backend, prompt.head_dim), backend.stream()),
+      IsOk());
+  result.covered = covered - 1000;
+  result.computed = computed - 2000;
   EXPECT_TRUE(out_view.GapsUntouched()) << "bytes outside of the output rows were written";
   for (int64_t h = 0; h < prompt.num_q_heads; ++h) {
     for (int64_t r = 0; r < piece.rows; ++r) {
@@ -379,8 +396,7 @@ TEST_P(AttentionTest, SequencesOfABatchDoNotMix) {
   params.head_dim = dim;
   params.scale = static_cast<float>(prompts[0].scale);
   params.sequences = sequences;
-  LF_ASSERT_OK(backend.kernels().Attention(
-      params, backend.WorkspaceOf(backend.kernels().AttentionWorkspaceBytes(dim)), backend.stream()));
+  LF_ASSERT_OK(backend.kernels().Attention(params, AttentionWorkspace(backend, dim), backend.stream()));
   begin = 0;
   for (const Prompt& prompt : prompts) {
     const int64_t n = prompt.num_tokens;
@@ -396,12 +412,12 @@ TEST_P(AttentionTest, SequencesOfABatchDoNotMix) {
 
 TEST(AttentionErrors, NameWhatIsWrong) {
   CpuBackend backend(1);
-  const SparseIndex dense = MakeDenseIndex();
-  const SparseIndex* indices[] = {&dense};
+  const HostIndex dense(MakeDenseIndex());
+  IndexView index = dense.view();
   std::vector<float> data(64 * 64);
   AttentionSequence sequence;
   sequence.q_end = sequence.k_end = sequence.num_tokens = sequence.key_range_end = 4;
-  sequence.indices = indices;
+  sequence.indices = {&index, 1};
   AttentionParams good;
   good.q = good.k = good.v = {data.data(), 64, 16};
   good.out = {data.data() + 1024, 64, 16};
@@ -409,7 +425,7 @@ TEST(AttentionErrors, NameWhatIsWrong) {
   good.head_dim = 16;
   good.scale = 1;
   good.sequences = {&sequence, 1};
-  const Workspace workspace = backend.WorkspaceOf(backend.kernels().AttentionWorkspaceBytes(256));
+  const Workspace workspace = AttentionWorkspace(backend, 256);
   const auto run = [&](const AttentionParams& params) {
     return backend.kernels().Attention(params, workspace, backend.stream());
   };
@@ -432,6 +448,9 @@ TEST(AttentionErrors, NameWhatIsWrong) {
   EXPECT_THAT(run(params), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("kv_head 1 of 1")));
   EXPECT_THAT(backend.kernels().Attention(good, {workspace.data, 16}, backend.stream()),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace of 16 bytes")));
+  index.counts = nullptr;
+  EXPECT_THAT(run(good), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("index of query head 0")));
+  index = dense.view();
   sequence.key_range_end = 5;
   EXPECT_THAT(run(good), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("key range [0, 5)")));
   sequence.key_range_end = 4;

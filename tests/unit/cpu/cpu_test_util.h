@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/cpu_kernel_set.h"
+#include "kernels/api/backend.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -25,11 +25,10 @@ inline constexpr float kTestInfinity = std::numeric_limits<float>::infinity();
 
 class CpuBackend {
  public:
-  explicit CpuBackend(int num_threads) : pool_(num_threads), kernels_(CreateCpuKernelSet(pool_, memory_)) {}
+  explicit CpuBackend(int num_threads) : backend_(CreateCpuBackend(num_threads)) {}
 
-  KernelSet& kernels() { return *kernels_; }
-  CpuStream& stream() { return stream_; }
-  CpuMemoryResource& memory() { return memory_; }
+  KernelSet& kernels() { return backend_->kernels(); }
+  Stream& stream() { return backend_->stream(); }
   // Valid until the next call. Deliberately not aligned.
   Workspace WorkspaceOf(int64_t size_bytes) {
     scratch_.assign(static_cast<size_t>(size_bytes) + 4, 0x7F);
@@ -37,10 +36,7 @@ class CpuBackend {
   }
 
  private:
-  ThreadPool pool_;
-  CpuMemoryResource memory_;
-  CpuStream stream_;
-  std::unique_ptr<KernelSet> kernels_;
+  const std::unique_ptr<Backend> backend_;
   std::vector<uint8_t> scratch_;
 };
 

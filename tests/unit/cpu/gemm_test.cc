@@ -116,9 +116,9 @@ TEST(GemmBits, OfARowDependNeitherOnThreadsNorOnOtherRows) {
         for (int64_t begin = 0; begin < rows; begin += std::max<int64_t>(piece, 97)) {
           GemmParams params = data.Params(got.data());
           params.num_rows = std::min(piece, rows - begin);
-          params.x += begin * in;
-          params.out += begin * out_columns;
-          std::fill_n(params.out, params.num_rows * out_columns, 0.0F);
+          params.x = data.x.data() + begin * in;
+          params.out = got.data() + begin * out_columns;
+          std::fill_n(got.data() + begin * out_columns, params.num_rows * out_columns, 0.0F);
           LF_ASSERT_OK(RunGemm(one, params));
         }
         EXPECT_TRUE(SameBits(got, whole)) << "pieces of " << piece;
@@ -143,6 +143,10 @@ TEST(GemmErrors, NameWhatIsWrong) {
   GemmParams params = data.Params(out.data());
   params.weight_dtype = DType::kInt64;
   EXPECT_THAT(RunGemm(backend, params), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("int64")));
+  params = data.Params(out.data());
+  params.out_dtype = DType::kBFloat16;
+  EXPECT_THAT(RunGemm(backend, params),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("output of bfloat16")));
   params = data.Params(out.data());
   params.x_stride = 7;
   EXPECT_THAT(RunGemm(backend, params),

@@ -72,7 +72,8 @@ Scores Compute(CpuBackend& backend, const Prompt& prompt, const Deal& deal, int6
     }
     ranks.push_back({StridedHeads(k.data(), kKvHeads, num_keys, kDim, row_gap, 3), num_keys, {}});
   }
-  const Workspace workspace = backend.WorkspaceOf(backend.kernels().LastQueryWorkspaceBytes(kDim));
+  const Workspace workspace =
+      backend.WorkspaceOf(backend.kernels().LastQueryWorkspaceBytes(kHeads.size(), prompt.num_tokens, kDim));
   Scores scores;
   scores.row_max.assign(lists, -kTestInfinity);
   scores.row_sum.assign(lists, 0);
@@ -107,18 +108,21 @@ Scores Compute(CpuBackend& backend, const Prompt& prompt, const Deal& deal, int6
   for (size_t p = 0; p < ranks.size(); ++p) {
     const int64_t num_keys = ranks[p].num_keys;
     const int64_t blocks = (num_keys + 127) / 128;
-    std::vector<float> vertical(kHeads.size() * num_keys + 1, 9.0F);
+    const int64_t stride = num_keys + 3;
+    std::vector<float> vertical(kHeads.size() * stride, 9.0F);
     std::vector<float> slash(kHeads.size() * blocks * kDiagonalWindow + 1, 9.0F);
-    EXPECT_THAT(
-        backend.kernels().LastQueryScore(ranks[p].params, scores.row_max.data(), scores.row_sum.data(),
-                                         {vertical.data(), slash.data()}, workspace, backend.stream()),
-        IsOk());
-    EXPECT_EQ(vertical.back(), 9.0F) << "written beyond the end";
+    EXPECT_THAT(backend.kernels().LastQueryScore(
+                    ranks[p].params, scores.row_max.data(), scores.row_sum.data(),
+                    {vertical.data(), stride, slash.data()}, workspace, backend.stream()),
+                IsOk());
     EXPECT_EQ(slash.back(), 9.0F) << "written beyond the end";
     const int64_t last_query = prompt.first_query + prompt.num_queries - 1;
     for (int64_t list = 0; list < static_cast<int64_t>(kHeads.size()); ++list) {
       for (int64_t r = 0; r < num_keys; ++r) {
-        scores.vertical[list * prompt.num_tokens + deal[p].Position(r)] = vertical[list * num_keys + r];
+        scores.vertical[list * prompt.num_tokens + deal[p].Position(r)] = vertical[list * stride + r];
+      }
+      for (int64_t r = num_keys; r < stride; ++r) {
+        EXPECT_EQ(vertical[list * stride + r], 9.0F) << "written beyond the end";
       }
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t kb = deal[p].Position(b * 128);
@@ -262,7 +266,7 @@ TEST(LastQueryErrors, NameWhatIsWrong) {
   good.heads = heads;
   good.num_q_heads = good.num_kv_heads = 1;
   good.head_dim = 8;
-  const Workspace workspace = backend.WorkspaceOf(backend.kernels().LastQueryWorkspaceBytes(8));
+  const Workspace workspace = backend.WorkspaceOf(backend.kernels().LastQueryWorkspaceBytes(1, 4, 8));
   const auto run = [&](const LastQueryParams& params) {
     return backend.kernels().LastQueryRowMax(params, row_max.data(), workspace, backend.stream());
   };
@@ -283,6 +287,10 @@ TEST(LastQueryErrors, NameWhatIsWrong) {
   params.num_keys = 0;
   LF_ASSERT_OK(run(params));
   EXPECT_EQ(row_max[0], -kTestInfinity);
+  const std::vector<uint64_t> row_sum(64);
+  EXPECT_THAT(backend.kernels().LastQueryScore(good, row_max.data(), row_sum.data(),
+                                               {data.data(), 3, data.data()}, workspace, backend.stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("vertical_stride 3")));
 }
 
 }  // namespace

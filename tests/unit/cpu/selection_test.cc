@@ -1,6 +1,9 @@
-#include <map>
+// JoinScores and the selection of the largest over lists so long that threads share them, and the errors of
+// the CPU. The contract suite holds the definitions at other lengths.
 
-#include "kernels/cpu/oracle/oracle.h"
+#include <algorithm>
+#include <numeric>
+
 #include "tests/unit/cpu/cpu_test_util.h"
 
 namespace longfill {
@@ -8,144 +11,205 @@ namespace {
 
 using ::testing::HasSubstr;
 
-TEST(SelectionHistogramTest, CountsDigitsOfKeysUnderThePrefix) {
-  CpuBackend backend(3);
-  std::mt19937_64 generator(1);
-  for (int64_t num_keys : {0, 1, 127, 65536, 65537, 150001}) {
-    const int64_t lists = 3, stride = num_keys + 2;
-    std::vector<uint64_t> keys(static_cast<size_t>(lists * stride));
-    for (uint64_t& key : keys) key = generator() & 0xF00FFF00000000FF;
-    const std::vector<uint64_t> prefixes = {0x1, 0xF, 0x3};
-    for (auto [prefix_shift, digit_shift, bins] :
-         {std::tuple{64, 52, 4096}, std::tuple{60, 36, 256}, std::tuple{60, 0, 1}, std::tuple{60, 63, 2}}) {
-      SCOPED_TRACE(testing::Message() << num_keys << " keys, shifts " << prefix_shift << " " << digit_shift);
-      std::vector<uint64_t> want(static_cast<size_t>(lists * bins));
-      for (int64_t list = 0; list < lists; ++list) {
-        for (int64_t i = 0; i < num_keys; ++i) {
-          const uint64_t key = keys[list * stride + i];
-          if (prefix_shift == 64 || key >> prefix_shift == prefixes[list]) {
-            ++want[list * bins + (key >> digit_shift) % bins];
+// One deal of a prompt: a map for each rank.
+using Deal = std::vector<PositionMap>;
+Deal Striped(int64_t ranks) {
+  Deal deal;
+  for (int64_t p = 0; p < ranks; ++p) deal.push_back({p * 128, 128, ranks * 128});
+  return deal;
+}
+Deal OnePiece() { return {PositionMap::Contiguous(0)}; }
+
+// Lists of a whole prompt: even ones by key, odd ones by distance.
+struct Lists {
+  int64_t num_tokens = 0;
+  std::vector<int64_t> budgets;
+  std::vector<std::vector<float>> scores;  // [lists][num_tokens]
+};
+
+// Some hundred values, so that cuts fall into ties, with zeros, denormals and forced entries.
+Lists TiedLists(int64_t num_tokens, const std::vector<int64_t>& budgets, uint32_t seed) {
+  std::mt19937 random(seed);
+  Lists lists{num_tokens, budgets, {}};
+  for (size_t l = 0; l < budgets.size(); ++l) {
+    std::vector<float>& scores = lists.scores.emplace_back(static_cast<size_t>(num_tokens));
+    for (float& score : scores) {
+      score = static_cast<float>(random() % 200) * (random() % 2 == 0 ? 0x1p-140F : 0.01F);
+      if (random() % 40 == 0) score = kTestInfinity;
+    }
+  }
+  return lists;
+}
+
+// By sorting: larger scores first, then smaller indices.
+std::vector<std::vector<bool>> Expected(const Lists& lists) {
+  std::vector<std::vector<bool>> selected;
+  for (size_t l = 0; l < lists.scores.size(); ++l) {
+    const std::vector<float>& scores = lists.scores[l];
+    std::vector<int64_t> order(scores.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scores[a] > scores[b]; });
+    std::vector<bool>& bits = selected.emplace_back(scores.size());
+    for (int64_t i = 0; i < lists.budgets[l]; ++i) bits[order[i]] = true;
+  }
+  return selected;
+}
+
+// All ranks of a deal, joined as a caller joins them.
+std::vector<std::vector<bool>> Select(KernelSet& kernels, Stream& stream, const Lists& lists,
+                                      const Deal& deal) {
+  const auto num_lists = static_cast<int64_t>(lists.budgets.size());
+  const int64_t last_query = lists.num_tokens - 1;
+  std::vector<std::vector<float>> scores;
+  std::vector<SelectionLists> ranks;
+  for (const PositionMap& map : deal) {
+    const int64_t entries = map.RowsBelow(lists.num_tokens);
+    const int64_t stride = entries + 5;
+    std::vector<float>& mine = scores.emplace_back(static_cast<size_t>(num_lists * stride), kTestInfinity);
+    for (int64_t l = 0; l < num_lists; ++l) {
+      for (int64_t e = 0; e < entries; ++e) {
+        const int64_t index = l % 2 == 0 ? map.Position(e) : last_query - map.Position(e);
+        mine[l * stride + e] = lists.scores[l][index];
+      }
+    }
+    ranks.push_back({mine.data(), stride, entries, num_lists, map, last_query});
+  }
+  std::vector<SelectionCut> cuts(num_lists);
+  LF_EXPECT_OK(kernels.SelectionStart(lists.budgets, cuts.data(), stream));
+  for (int pass = 0; pass < kSelectionPasses; ++pass) {
+    std::vector<uint64_t> sum(num_lists * kSelectionBins);
+    for (const SelectionLists& rank : ranks) {
+      std::vector<uint64_t> histogram(sum.size(), 99);
+      LF_EXPECT_OK(kernels.SelectionHistogram(rank, pass, cuts.data(), histogram.data(), stream));
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += histogram[i];
+    }
+    LF_EXPECT_OK(kernels.SelectionAdvance(num_lists, pass, sum.data(), cuts.data(), stream));
+  }
+  const int64_t words = (lists.num_tokens + 63) / 64;
+  std::vector<uint64_t> bits(num_lists * words);
+  for (const SelectionLists& rank : ranks) {
+    LF_EXPECT_OK(kernels.SelectionMark(rank, cuts.data(), bits.data(), words, stream));
+  }
+  std::vector<std::vector<bool>> selected;
+  for (int64_t l = 0; l < num_lists; ++l) {
+    std::vector<bool>& list = selected.emplace_back(lists.num_tokens);
+    for (int64_t i = 0; i < lists.num_tokens; ++i) list[i] = (bits[l * words + i / 64] >> i % 64 & 1) != 0;
+  }
+  return selected;
+}
+
+constexpr int64_t kLong = 150001;
+
+TEST(Selection, TakesWhatASortTakesOverEveryDealAndThreadCount) {
+  for (const int64_t n : {int64_t{128}, kLong}) {
+    const Lists lists = TiedLists(n, {n, (n + 1) / 2, 0, 1, std::min<int64_t>(n, 700), n / 7}, 3);
+    const auto want = Expected(lists);
+    for (const int threads : {1, 3}) {
+      CpuBackend backend(threads);
+      for (const Deal& deal : {OnePiece(), Striped(1), Striped(3)}) {
+        SCOPED_TRACE(testing::Message()
+                     << n << " tokens, " << threads << " threads, " << deal.size() << " ranks");
+        EXPECT_EQ(Select(backend.kernels(), backend.stream(), lists, deal), want);
+      }
+    }
+  }
+}
+
+TEST(Selection, ErrorsNameWhatIsWrong) {
+  CpuBackend backend(1);
+  KernelSet& kernels = backend.kernels();
+  std::vector<float> scores(64);
+  std::vector<SelectionCut> cuts(2);
+  std::vector<uint64_t> histogram(2 * kSelectionBins);
+  const std::vector<int64_t> budgets = {1, -3};
+  EXPECT_THAT(kernels.SelectionStart(budgets, cuts.data(), backend.stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("budget of list 1 -3")));
+  SelectionLists lists{scores.data(), 31, 32, 2, PositionMap::Contiguous(0), 31};
+  const auto count = [&](int pass) {
+    return kernels.SelectionHistogram(lists, pass, cuts.data(), histogram.data(), backend.stream());
+  };
+  EXPECT_THAT(count(0), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("list_stride 31")));
+  lists.list_stride = 32;
+  LF_EXPECT_OK(count(0));
+  EXPECT_THAT(count(6), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("pass 6 of 6")));
+  EXPECT_THAT(kernels.SelectionAdvance(2, -1, histogram.data(), cuts.data(), backend.stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("pass -1 of 6")));
+  lists.last_query = 30;
+  EXPECT_THAT(count(0), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("last_query 30 below 31")));
+  lists.last_query = 64;
+  EXPECT_THAT(kernels.SelectionMark(lists, cuts.data(), histogram.data(), 1, backend.stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("words_per_list 1")));
+}
+
+TEST(JoinScores, AddsTheTwoWindowsOfEachDistanceAndForcesTheNearestOverEveryDeal) {
+  constexpr int64_t kHeads = 2, kForcedKeys = 30, kForcedDistances = 100;
+  for (const int64_t n : {int64_t{400}, kLong}) {
+    const int64_t blocks = (n + 127) / 128;
+    std::vector<float> windows = RandomFloats(kHeads * blocks * kDiagonalWindow, 5);
+    const std::vector<float> vertical = RandomFloats(kHeads * n, 6);
+    // By distance: the sum of all window entries that stand for it, in order of the key blocks.
+    std::vector<float> slash(kHeads * n);
+    for (int64_t h = 0; h < kHeads; ++h) {
+      for (int64_t b = blocks - 1; b >= 0; --b) {
+        for (int64_t e = 0; e < kDiagonalWindow; ++e) {
+          const int64_t distance = n - 1 - b * 128 - e;
+          if (distance >= 0) slash[h * n + distance] += windows[(h * blocks + b) * kDiagonalWindow + e];
+        }
+      }
+    }
+    for (const int threads : {1, 3}) {
+      CpuBackend backend(threads);
+      for (const Deal& deal : {OnePiece(), Striped(1), Striped(3)}) {
+        for (const PositionMap& map : deal) {
+          SCOPED_TRACE(testing::Message() << n << " tokens, " << deal.size() << " ranks, from " << map.first);
+          const int64_t keys = map.RowsBelow(n), local = (keys + 127) / 128, stride = keys + 3;
+          std::vector<float> mine, overlaps;
+          std::vector<float> scores(2 * kHeads * stride, 9.0F);
+          for (int64_t h = 0; h < kHeads; ++h) {
+            for (int64_t b = 0; b < local; ++b) {
+              const int64_t block = map.Position(b * 128) / 128;
+              const auto window = windows.begin() + (h * blocks + block) * kDiagonalWindow;
+              mine.insert(mine.end(), window, window + kDiagonalWindow);
+              for (int64_t e = 0; e < kDiagonalOverlap; ++e) {
+                overlaps.push_back(block == 0 ? 0.0F : window[e - kDiagonalOverlap]);
+              }
+            }
+            for (int64_t e = 0; e < keys; ++e) {
+              scores[2 * h * stride + e] = vertical[h * n + map.Position(e)];
+            }
+          }
+          const bool whole = deal.size() == 1;
+          LF_ASSERT_OK(
+              backend.kernels().JoinScores({mine.data(), whole ? nullptr : overlaps.data(), kHeads, keys, map,
+                                            n - 1, kForcedKeys, kForcedDistances, scores.data(), stride},
+                                           backend.stream()));
+          for (int64_t h = 0; h < kHeads; ++h) {
+            const float* list = scores.data() + 2 * h * stride;
+            for (int64_t e = 0; e < keys; ++e) {
+              const int64_t key = map.Position(e), distance = n - 1 - key;
+              ASSERT_EQ(list[e], key < kForcedKeys ? kTestInfinity : vertical[h * n + key]) << "key " << key;
+              ASSERT_EQ(list[stride + e],
+                        distance < kForcedDistances ? kTestInfinity : slash[h * n + distance])
+                  << "distance " << distance;
+            }
+            for (int64_t e = keys; e < stride; ++e) ASSERT_EQ(list[e] + list[stride + e], 18.0F);
           }
         }
       }
-      std::vector<uint64_t> got(want.size(), 99);
-      SelectionHistogramParams params{keys.data(),  stride,      num_keys, lists,     prefixes.data(),
-                                      prefix_shift, digit_shift, bins,     got.data()};
-      LF_ASSERT_OK(backend.kernels().SelectionHistogram(params, backend.stream()));
-      EXPECT_EQ(got, want);
     }
   }
 }
 
-TEST(PoolTest, IsTheMeanOfEachBlockAndTheSameBitsFromEveryStride) {
-  CpuBackend backend(2);
-  for (int64_t rows : {0, 1, 63, 64, 65, 127, 128, 331}) {
-    const int64_t heads = 3, dim = 40, blocks = (rows + 63) / 64;
-    const std::vector<float> x = RandomFloats(heads * rows * dim, 4);
-    const StridedHeads strided(x.data(), heads, rows, dim);
-    std::vector<float> out(static_cast<size_t>(heads * blocks * dim)), again(out.size());
-    LF_ASSERT_OK(backend.kernels().Pool({{x.data(), rows * dim, dim}, heads, rows, dim, out.data()},
-                                        backend.stream()));
-    LF_ASSERT_OK(backend.kernels().Pool({strided.view(), heads, rows, dim, again.data()}, backend.stream()));
-    EXPECT_TRUE(SameBits(out, again));
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t end = std::min(rows, b * 64 + 64);
-        for (int64_t i = 0; i < dim; ++i) {
-          double sum = 0;
-          for (int64_t r = b * 64; r < end; ++r) sum += x[(h * rows + r) * dim + i];
-          ASSERT_NEAR(out[(h * blocks + b) * dim + i], sum / static_cast<double>(end - b * 64), 1e-6);
-        }
-      }
-    }
-  }
-}
-
-class SelectBlocksTest : public TargetTest {};
-LF_INSTANTIATE_TARGETS(SelectBlocksTest);
-
-TEST_P(SelectBlocksTest, PicksWhatTheOraclePicks) {
-  CpuBackend backend(3);
-  for (int64_t n : {1, 64, 65, 500, 64 * 130 + 5}) {
-    for (int64_t num_blocks : {1, 2, 5, 200}) {
-      for (bool force : {true, false}) {
-        SCOPED_TRACE(testing::Message() << n << " tokens, K " << num_blocks << " force " << force);
-        const int64_t dim = 16, blocks = (n + 63) / 64;
-        const std::vector<float> q = RandomFloats(n * dim, 5), k = RandomFloats(n * dim, 6);
-        std::vector<float> pooled_q(static_cast<size_t>(blocks * dim)), pooled_k(pooled_q.size());
-        LF_ASSERT_OK(
-            backend.kernels().Pool({{q.data(), 0, dim}, 1, n, dim, pooled_q.data()}, backend.stream()));
-        LF_ASSERT_OK(
-            backend.kernels().Pool({{k.data(), 0, dim}, 1, n, dim, pooled_k.data()}, backend.stream()));
-        std::vector<int32_t> row_blocks(static_cast<size_t>(blocks));
-        for (int64_t m = 0; m < blocks; ++m) row_blocks[m] = static_cast<int32_t>(m);
-        std::vector<int32_t> selected(static_cast<size_t>(blocks * num_blocks), -7);
-        SelectBlocksParams params{pooled_q.data(), row_blocks, pooled_k.data(), blocks, dim,
-                                  num_blocks,      force,      selected.data()};
-        LF_ASSERT_OK(backend.kernels().SelectBlocks(params, backend.stream()));
-        EXPECT_EQ(backend.memory().bytes_in_use(), 0);
-        const oracle::BlockSelection want =
-            oracle::SelectBlocks(q.data(), k.data(), n, dim, num_blocks, force);
-        for (int64_t m = 0; m < blocks; ++m) {
-          const int64_t count = std::min(num_blocks, m + 1);
-          const std::vector<int32_t> got(selected.begin() + m * num_blocks,
-                                         selected.begin() + m * num_blocks + count);
-          ASSERT_EQ(got, want.blocks[m]) << "row block " << m;
-          for (int64_t i = count; i < num_blocks; ++i) ASSERT_EQ(selected[m * num_blocks + i], -7) << m;
-        }
-      }
-    }
-  }
-}
-
-TEST_P(SelectBlocksTest, TiesGoToTheLowerBlockAndASingleForcedBlockIsTheDiagonal) {
+TEST(JoinScores, ErrorsNameWhatIsWrong) {
   CpuBackend backend(1);
-  const std::vector<float> q(8 * 3, 1.0F);
-  std::vector<float> k(8 * 9, 1.0F);
-  for (int64_t i = 0; i < 8; ++i) k[4 * 8 + i] = -0.0F, k[5 * 8 + i] = 0.0F;
-  const std::vector<int32_t> row_blocks = {8, 3, 5};
-  std::vector<int32_t> selected(3 * 3);
-  SelectBlocksParams params{q.data(), row_blocks, k.data(), 9, 8, 3, false, selected.data()};
-  LF_ASSERT_OK(backend.kernels().SelectBlocks(params, backend.stream()));
-  EXPECT_EQ(selected, (std::vector<int32_t>{0, 1, 2, 0, 1, 2, 0, 1, 2}));
-  params.force = true;
-  LF_ASSERT_OK(backend.kernels().SelectBlocks(params, backend.stream()));
-  EXPECT_EQ(selected, (std::vector<int32_t>{0, 1, 8, 0, 1, 3, 0, 1, 5}));
-  params.num_blocks = 1;
-  selected.resize(3);
-  LF_ASSERT_OK(backend.kernels().SelectBlocks(params, backend.stream()));
-  EXPECT_EQ(selected, (std::vector<int32_t>{8, 3, 5}));
-  // Largest scores do not displace forced blocks.
-  for (int64_t i = 0; i < 8; ++i) k[2 * 8 + i] = 1e30F;
-  params.num_blocks = 2;
-  selected.resize(6);
-  LF_ASSERT_OK(backend.kernels().SelectBlocks(params, backend.stream()));
-  EXPECT_EQ(selected, (std::vector<int32_t>{0, 8, 0, 3, 0, 5}));
-}
-
-TEST(SelectionErrors, NameWhatIsWrong) {
-  CpuMemoryResource small(64);
-  ThreadPool pool(1);
-  const std::unique_ptr<KernelSet> kernels = CreateCpuKernelSet(pool, small);
-  CpuStream stream;
-  std::vector<float> data(64);
-  std::vector<int32_t> row_blocks = {4}, selected(4);
-  SelectBlocksParams params{data.data(), row_blocks, data.data(), 4, 8, 1, true, selected.data()};
-  EXPECT_THAT(kernels->SelectBlocks(params, stream),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("row block 4 of 4")));
-  row_blocks[0] = 3;
-  EXPECT_THAT(kernels->SelectBlocks(params, stream),
-              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("block selection scratch")));
-  params.num_blocks = 0;
-  EXPECT_THAT(kernels->SelectBlocks(params, stream),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("num_blocks 0")));
-  std::vector<uint64_t> keys(4), histogram(8192);
-  SelectionHistogramParams histogram_params{keys.data(), 4, 4, 1, nullptr, 64, 0, 3, histogram.data()};
-  EXPECT_THAT(kernels->SelectionHistogram(histogram_params, stream),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("num_bins 3")));
-  histogram_params.num_bins = 8192;
-  EXPECT_THAT(kernels->SelectionHistogram(histogram_params, stream),
-              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("8192 bins")));
+  std::vector<float> data(400);
+  JoinScoresParams params{data.data(), nullptr, 1, 4, PositionMap{}, 3, 0, 0, data.data(), 3};
+  EXPECT_THAT(backend.kernels().JoinScores(params, backend.stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("score_stride 3")));
+  params.score_stride = 4;
+  params.key_positions = {0, 128, 64};
+  EXPECT_THAT(backend.kernels().JoinScores(params, backend.stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("block 128 stride 64")));
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ ALLOWED = {
     "kernels/sparse": ["kernels/base", "kernels/sparse"],
     "kernels/api": ["kernels/base", "kernels/sparse", "kernels/api"],
     "kernels/cpu": ["kernels"],
+    "kernels/cuda": ["kernels"],
     "parallel": ["kernels", "parallel"],
     "models": ["kernels", "parallel", "models"],
     "runtime/engine": ["kernels", "parallel", "models", "runtime/engine", "runtime/kv"],

@@ -33,6 +33,7 @@ TEST(ModelConfig, ReadsEveryField) {
   json["tie_word_embeddings"] = true;
   json["hidden_act"] = "gelu_pytorch_tanh";
   json["torch_dtype"] = "bfloat16";
+  json["initializer_range"] = 0.015;
   LF_ASSERT_OK_AND_ASSIGN(const ModelConfig config, Parse(json));
   EXPECT_EQ(config.architecture, "LlamaForCausalLM");
   EXPECT_EQ(config.family, "llama");
@@ -54,6 +55,7 @@ TEST(ModelConfig, ReadsEveryField) {
   EXPECT_EQ(config.rope.rotary_dim, 4);
   EXPECT_EQ(config.rope.form, RotaryForm::kHalfSplit);
   EXPECT_EQ(config.rope.scaling, RopeScaling::kNone);
+  EXPECT_EQ(config.initializer_range, 0.015);
 }
 
 TEST(ModelConfig, AbsentKeysTakeTheDefaultsOfTransformers) {
@@ -72,6 +74,7 @@ TEST(ModelConfig, AbsentKeysTakeTheDefaultsOfTransformers) {
   EXPECT_EQ(config.activation, Activation::kSilu);
   EXPECT_EQ(config.dtype, DType::kFloat32);
   EXPECT_EQ(config.max_position_embeddings, 2048);
+  EXPECT_EQ(config.initializer_range, 0.02);
 }
 
 TEST(ModelConfig, NullIsAbsent) {
@@ -247,6 +250,7 @@ TEST(ModelConfig, RefusesBadValuesNamingKeyAndValue) {
       {"rms_norm_eps", 0.0, "rms_norm_eps is 0"},
       {"rms_norm_eps", -1e-5, "rms_norm_eps is -1e-05"},
       {"rms_norm_eps", "small", "rms_norm_eps is \"small\""},
+      {"initializer_range", -0.02, "initializer_range is -0.02"},
       {"tie_word_embeddings", 1, "tie_word_embeddings is 1"},
       {"rope_theta", 0.0, "theta 0"},
       {"rope_theta", "x", "rope_theta is \"x\""},

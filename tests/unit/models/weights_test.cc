@@ -172,7 +172,7 @@ TEST(ModelWeights, BiasesAreLoadedWhereTheConfigSaysSo) {
   for (const LinearWeights* linear :
        {&w.q_proj, &w.k_proj, &w.v_proj, &w.o_proj, &w.gate_proj, &w.up_proj, &w.down_proj}) {
     ASSERT_NE(linear->bias, nullptr);
-    EXPECT_TRUE(std::isfinite(linear->bias[linear->out_width - 1]));
+    EXPECT_TRUE(std::isfinite(static_cast<const float*>(linear->bias)[linear->out_width - 1]));
   }
   model.Remove("model.layers.1.mlp.up_proj.bias");
   EXPECT_THAT(model.Load(), StatusIs(absl::StatusCode::kInvalidArgument,
@@ -377,8 +377,9 @@ TEST(ModelWeights, AFamilyIsData) {
   EXPECT_EQ(qkv, static_cast<const void*>(weights->files()[0]->Find("block.0.qkv")->bytes.data()));
   EXPECT_EQ(layer.k_proj.weight, qkv + 16 * 12);
   EXPECT_EQ(layer.v_proj.weight, qkv + 24 * 12);
-  EXPECT_EQ(layer.k_proj.bias, layer.q_proj.bias + 16);
-  EXPECT_EQ(layer.v_proj.bias, layer.q_proj.bias + 24);
+  const auto* qkv_bias = static_cast<const float*>(layer.q_proj.bias);
+  EXPECT_EQ(layer.k_proj.bias, qkv_bias + 16);
+  EXPECT_EQ(layer.v_proj.bias, qkv_bias + 24);
   EXPECT_EQ(layer.up_proj.weight, static_cast<const float*>(layer.gate_proj.weight) + 20 * 12);
   EXPECT_NE(layer.q_norm, nullptr);
   EXPECT_NE(layer.k_norm, nullptr);
@@ -401,8 +402,11 @@ TEST(ModelWeights, GoldenModelsLoad) {
     EXPECT_EQ(weights->embedding().dtype, config.dtype);
     EXPECT_EQ(weights->lm_head().weight == weights->embedding().weight, config.tie_word_embeddings);
     for (int64_t layer = 0; layer < config.num_layers; ++layer) {
-      EXPECT_EQ(weights->layer(layer).q_proj.bias != nullptr, config.attention_bias);
-      EXPECT_EQ(weights->layer(layer).up_proj.bias != nullptr, config.mlp_bias);
+      const LayerWeights& w = weights->layer(layer);
+      EXPECT_EQ(w.q_proj.bias != nullptr, config.attention_bias || config.family == "qwen2");
+      EXPECT_EQ(w.v_proj.bias != nullptr, config.attention_bias || config.family == "qwen2");
+      EXPECT_EQ(w.o_proj.bias != nullptr, config.attention_bias);
+      EXPECT_EQ(w.up_proj.bias != nullptr, config.mlp_bias);
     }
     ExpectAllFinite(weights->final_norm(), config.hidden_size, "final norm");
   }

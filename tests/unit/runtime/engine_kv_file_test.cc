@@ -209,7 +209,8 @@ struct Kv {
 absl::Status AppendLayer(KvSink& sink, const Kv& kv, int64_t layer, const std::vector<int64_t>& cuts) {
   int64_t begin = 0;
   for (const int64_t end : cuts) {
-    LF_RETURN_IF_ERROR(sink.Append(layer, begin, end, kv.View(layer, 0, begin), kv.View(layer, 1, begin)));
+    LF_RETURN_IF_ERROR(
+        sink.Append(layer, begin, end, kv.View(layer, 0, begin), kv.View(layer, 1, begin), DType::kFloat32));
     begin = end;
   }
   return absl::OkStatus();
@@ -255,7 +256,8 @@ TEST(KvFileSink, RankWithoutTokensWritesNothing) {
   const ShardPlan plan({3, 1}, 100);
   LF_ASSERT_OK_AND_ASSIGN(const auto sink,
                           MakeKvFileSinkFactory(directory.path())(Spec(DType::kFloat32, plan, 2)));
-  for (int64_t layer = 0; layer < kLayers; ++layer) LF_ASSERT_OK(sink->Append(layer, 0, 0, {}, {}));
+  for (int64_t layer = 0; layer < kLayers; ++layer)
+    LF_ASSERT_OK(sink->Append(layer, 0, 0, {}, {}, DType::kFloat32));
   LF_EXPECT_OK(sink->Finish(absl::OkStatus()));
   EXPECT_THAT(directory.List(), IsEmpty());
 }

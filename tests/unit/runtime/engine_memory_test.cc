@@ -7,9 +7,10 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/cpu_kernel_set.h"
-#include "models/transformer.h"
+#include "runtime/engine/prefill_engine.h"
+#include "runtime/kv/kv_discard_sink.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/unit/runtime/fake_device.h"
 
 namespace longfill {
 namespace {
@@ -24,11 +25,19 @@ class MemoryPlanTest : public testing::Test {
   void SetUp() override {
     LF_ASSERT_OK_AND_ASSIGN(
         config_, LoadModelConfig(absl::StrCat(LONGFILL_SOURCE_DIR, "/tests/golden/data/llama-gqa4")));
+    patterns_ = PatternSet::Uniform(VerticalSlash{1000, 6096}, config_.num_layers, config_.num_q_heads);
   }
   MemoryPlanInput Input(const Mesh& mesh, int64_t num_tokens) const {
-    return {.config = &config_, .weights_bytes = 1000, .mesh = mesh, .num_tokens = num_tokens};
+    return {.config = &config_,
+            .kernels = &backend_->kernels(),
+            .patterns = &patterns_,
+            .weights_bytes = 1000,
+            .mesh = mesh,
+            .num_tokens = num_tokens};
   }
+  const std::unique_ptr<Backend> backend_ = CreateCpuBackend(1);
   ModelConfig config_;
+  PatternSet patterns_;
 };
 
 TEST_F(MemoryPlanTest, GrowsWithThePrompt) {
@@ -55,6 +64,47 @@ TEST_F(MemoryPlanTest, TotalIsTheSumOfItsParts) {
   EXPECT_EQ(plan.kv_store_bytes, 0);
   EXPECT_EQ(plan.TotalBytes(), plan.weights_bytes + plan.activation_bytes + plan.attention_bytes +
                                    plan.index_bytes + plan.logits_bytes);
+  EXPECT_EQ(plan.PoolBytes(), plan.activation_bytes + plan.attention_bytes + plan.index_bytes);
+}
+
+// Of a device: two budgets, either of which may be the one that refuses.
+TEST_F(MemoryPlanTest, DeviceAndHostAreCheckedByThemselves) {
+  FakeDevice device;
+  MemoryPlanInput input = Input({2, 1}, 1000);
+  input.kernels = &device.kernels();
+  input.weights_in_pool = true;
+  input.outside_bytes = 50;
+  input.keep_kv = true;
+  input.kv_export = {.num_buffers = 3, .buffer_bytes = 100};
+  const MemoryPlan plan = PlanMemory(input);
+  EXPECT_EQ(plan.kv_ring_bytes, 300);
+  EXPECT_GT(plan.staging_bytes, 0);
+  EXPECT_EQ(plan.DeviceBytes(), plan.PoolBytes() + 50);
+  EXPECT_EQ(plan.HostBytes(),
+            plan.logits_bytes + plan.staging_bytes + plan.kv_ring_bytes + plan.kv_store_bytes);
+  const MemoryBudget exact = {.device_bytes = plan.DeviceBytes(), .host_bytes = plan.HostBytes()};
+  LF_EXPECT_OK(CheckFits(input, exact));
+  MemoryBudget budget = exact;
+  --budget.device_bytes;
+  EXPECT_THAT(CheckFits(input, budget),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr(absl::StrCat(plan.DeviceBytes(), " bytes of GPU memory")),
+                             HasSubstr("tokens would fit"))));
+  EXPECT_LT(LongestPrompt(input, budget, 2000), 1000);
+  budget = exact;
+  --budget.host_bytes;
+  EXPECT_THAT(CheckFits(input, budget),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       HasSubstr(absl::StrCat(plan.HostBytes(), " bytes of host memory"))));
+  input.mesh = {1, 1};
+  EXPECT_EQ(PlanMemory(input).staging_bytes, 0);
+}
+
+TEST_F(MemoryPlanTest, ReplacedIndicesCountOnTop) {
+  MemoryPlanInput input = Input({1, 1}, 1000);
+  const MemoryPlan without = PlanMemory(input);
+  input.replacement_bytes = [](int64_t num_tokens) { return 3 * num_tokens; };
+  EXPECT_EQ(PlanMemory(input).PoolBytes() - without.PoolBytes(), 3000);
 }
 
 TEST_F(MemoryPlanTest, KeepingTheKvAddsItsBytes) {
@@ -80,13 +130,14 @@ TEST_F(MemoryPlanTest, RefusesWithTheLongestPromptThatFits) {
     for (const int64_t fitting : {1, 127, 128, 1000, 20011}) {
       SCOPED_TRACE(absl::StrCat(ToString(mesh), " ", fitting));
       MemoryPlanInput input = Input(mesh, fitting);
-      const int64_t available = PlanMemory(input).TotalBytes();
+      const MemoryBudget available = {.host_bytes = PlanMemory(input).TotalBytes()};
       LF_EXPECT_OK(CheckFits(input, available));
       input.num_tokens = 1 << 20;
       const absl::Status refused = CheckFits(input, available);
-      ASSERT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted,
-                                    AllOf(HasSubstr("1048576 tokens"), HasSubstr(absl::StrCat(available)),
-                                          HasSubstr(absl::StrCat(PlanMemory(input).TotalBytes())))));
+      ASSERT_THAT(refused,
+                  StatusIs(absl::StatusCode::kResourceExhausted,
+                           AllOf(HasSubstr("1048576 tokens"), HasSubstr(absl::StrCat(available.host_bytes)),
+                                 HasSubstr(absl::StrCat(PlanMemory(input).TotalBytes())))));
       const std::string message(refused.message());
       const size_t begin = message.find("up to ") + 6;
       int64_t named = -1;
@@ -100,60 +151,84 @@ TEST_F(MemoryPlanTest, RefusesWithTheLongestPromptThatFits) {
                                                         HasSubstr(absl::StrCat("up to ", named, " "))));
     }
   }
-  EXPECT_THAT(CheckFits(Input({1, 1}, 10), 5),
+  EXPECT_THAT(CheckFits(Input({1, 1}, 10), {.host_bytes = 5}),
               StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("up to 0 tokens")));
 }
 
 TEST_F(MemoryPlanTest, AvailableMemoryIsSharedByTheRanksOfTheHost) {
-  LF_ASSERT_OK_AND_ASSIGN(const int64_t alone, AvailableMemoryBytes(1));
-  LF_ASSERT_OK_AND_ASSIGN(const int64_t shared, AvailableMemoryBytes(8));
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t alone, AvailableMemoryBytes(1, 0));
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t shared, AvailableMemoryBytes(8, 0));
   EXPECT_GT(alone, 0);
   EXPECT_GT(shared, 0);
   EXPECT_LT(shared, alone / 4);
+  // Mapped files are all there for every rank.
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t mapped, AvailableMemoryBytes(8, int64_t{1} << 50));
+  EXPECT_GT(mapped, int64_t{1} << 50);
 }
 
-// All layers of a prompt on one rank, on an account of their own.
-TEST_F(MemoryPlanTest, HoldsWhatAPromptTakes) {
-  LF_ASSERT_OK_AND_ASSIGN(
-      const auto weights,
-      ModelWeights::Load(absl::StrCat(LONGFILL_SOURCE_DIR, "/tests/golden/data/llama-gqa4"), config_));
-  for (const HeadPattern& pattern : {HeadPattern(Dense{}), HeadPattern(AShape{7, 70}),
-                                     HeadPattern(VerticalSlash{1000, 6096}), HeadPattern(BlockSparse{3})}) {
+// Half dense heads, half sparse ones, and layers that differ.
+constexpr char kMixedPatterns[] =
+    R"([{"0": ["vertical_and_slash", 100, 300, 1.0], "1": ["stream_llm", 7, 70, 1.0]},
+        {"0": ["block_sparse", 0, 0, 1.0], "1": ["vertical_and_slash", 1000, 20, 1.0]}])";
+
+// Whole prompts on one rank: what Backend::memory() gave out at most, against the plan.
+void ExpectPeakIsThePlan(const EngineOptions& options, const ModelConfig& config) {
+  const auto world = CreateSingleCommunicator();
+  LF_ASSERT_OK_AND_ASSIGN(const auto engine, PrefillEngine::Create(options, *world));
+  for (const char* attention :
+       {"dense", "a-shape:7,70", "vertical-slash:1000,6096", "block-sparse:3", kMixedPatterns}) {
     for (const int64_t num_tokens : {1, 64, 129, 3001}) {
-      const ShardPlan plan({1, 1}, num_tokens);
-      const MemoryPlan expected = PlanMemory(Input({1, 1}, num_tokens));
-      ThreadPool pool(1);
-      CpuMemoryResource memory;
-      CpuStream stream;
-      const auto world = CreateSingleCommunicator();
-      const auto kernels = CreateCpuKernelSet(pool, memory);
-      LF_ASSERT_OK_AND_ASSIGN(
-          SparseIndexBuilder index,
-          SparseIndexBuilder::Create(*kernels, *world, GeometryOf(config_), Coverage::kTiles));
-      LF_ASSERT_OK_AND_ASSIGN(const auto attention,
-                              ParallelAttention::Create(*kernels, *world, {1, 1}, GeometryOf(config_)));
-      LF_ASSERT_OK_AND_ASSIGN(const auto transformer,
-                              Transformer::Create(config_, *weights, *kernels, plan, 0));
-      EXPECT_EQ(memory.bytes_in_use(), expected.activation_bytes);
-      LF_ASSERT_OK(transformer->Embed(std::vector<int32_t>(num_tokens, 5), stream));
-      LayerCallbacks callbacks;
-      callbacks.on_kv = [](int64_t, int64_t, HeadsView<const float>, HeadsView<const float>) {
-        return absl::OkStatus();
-      };
-      callbacks.should_stop = [] { return absl::OkStatus(); };
-      callbacks.agree = [](const absl::Status& mine) { return mine; };
-      LayerFigures figures;
-      const std::vector<HeadPattern> patterns(config_.num_q_heads, pattern);
-      for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
-        LF_ASSERT_OK(transformer->RunLayer(layer, patterns,
-                                           {.index_builder = &index, .attention = attention.get()}, callbacks,
-                                           &figures, stream));
-      }
-      EXPECT_LE(memory.peak_bytes(),
-                expected.activation_bytes + expected.attention_bytes + expected.index_bytes)
-          << ToString(pattern) << ", " << num_tokens << " tokens";
+      SCOPED_TRACE(absl::StrCat(num_tokens, " tokens, ", attention));
+      PrefillRequest request;
+      request.token_ids.assign(num_tokens, 5);
+      request.attention.text = attention;
+      if (attention == kMixedPatterns) request.attention = {"mixed.json", attention};
+      request.logits_positions.resize(std::min<int64_t>(num_tokens, 100));
+      request.kv_dtype = engine->compute_dtype();
+      LF_ASSERT_OK_AND_ASSIGN(const PrefillResult result,
+                              engine->Prefill(request, MakeKvDiscardSinkFactory(), {}));
+      const PrefillFigures& figures = result.figures;
+      EXPECT_LE(figures.peak_device_bytes, figures.planned_device_bytes);
+      EXPECT_GE(static_cast<double>(figures.peak_device_bytes),
+                0.97 * static_cast<double>(figures.planned_device_bytes));
+      EXPECT_EQ(figures.planned_device_bytes, engine->PlanMemory(request).PoolBytes());
+      EXPECT_EQ(result.logits.size(), request.logits_positions.size() * config.vocab_size);
     }
   }
+}
+
+TEST_F(MemoryPlanTest, PeakOfAPromptIsThePlanOnTheCpu) {
+  config_.max_position_embeddings = 4096;
+  ExpectPeakIsThePlan({.bench_model = BenchModel{.config = config_, .seed = 1}}, config_);
+}
+
+TEST_F(MemoryPlanTest, PeakOfAPromptIsThePlanOnCuda) {
+  const absl::StatusOr<int> devices = CudaDeviceCount();
+  if (!devices.ok()) GTEST_SKIP() << devices.status().message();
+  config_.max_position_embeddings = 4096;
+  config_.head_dim = 64;  // of those that a GPU has kernels for
+  ExpectPeakIsThePlan({.bench_model = BenchModel{.config = config_, .seed = 1},
+                       .device = {.kind = DeviceKind::kCuda},
+                       .kv_export = {.num_buffers = 2, .buffer_bytes = int64_t{1} << 20}},
+                      config_);
+}
+
+TEST_F(MemoryPlanTest, PromptBeyondTheLimitIsRefusedWithTheLengthThatFits) {
+  config_.max_position_embeddings = 1 << 20;
+  const auto world = CreateSingleCommunicator();
+  LF_ASSERT_OK_AND_ASSIGN(
+      const auto engine,
+      PrefillEngine::Create(
+          {.bench_model = BenchModel{.config = config_, .seed = 1}, .memory_limit_bytes = 32 << 20}, *world));
+  PrefillRequest request;
+  request.attention.text = "dense";
+  request.token_ids.assign(100000, 5);
+  const int64_t longest = engine->LongestPrompt(request);
+  EXPECT_THAT(engine->Validate(request), StatusIs(absl::StatusCode::kResourceExhausted,
+                                                  HasSubstr(absl::StrCat("up to ", longest, " "))));
+  EXPECT_GT(longest, 0);
+  request.token_ids.resize(longest);
+  LF_EXPECT_OK(engine->Validate(request));
 }
 
 }  // namespace

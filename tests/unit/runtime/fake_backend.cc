@@ -35,7 +35,15 @@ class FakeGroup::Rank final : public PrefillBackend {
     return absl::OkStatus();
   }
   MemoryPlan PlanMemory(const PrefillRequest&) const override {
-    return {.weights_bytes = 7, .kv_store_bytes = 5};
+    return {.weights_bytes = 7,
+            .activation_bytes = 1,
+            .index_bytes = 2,
+            .attention_bytes = 3,
+            .outside_bytes = 4,
+            .logits_bytes = 8,
+            .staging_bytes = 9,
+            .kv_ring_bytes = 10,
+            .kv_store_bytes = 5};
   }
   int64_t LongestPrompt(const PrefillRequest&) const override { return 77; }
   absl::StatusOr<std::vector<std::string>> TokenHashes(std::span<const int32_t> ids) const override {
@@ -165,7 +173,7 @@ class FakeGroup::Rank final : public PrefillBackend {
       }
       const int64_t stride = (end - begin) * spec.head_dim;
       LF_RETURN_IF_ERROR(sink.Append(layer, begin, end, {key.data(), stride, spec.head_dim},
-                                     {value.data(), stride, spec.head_dim}));
+                                     {value.data(), stride, spec.head_dim}, DType::kFloat32));
     }
     return absl::OkStatus();
   }
@@ -185,6 +193,14 @@ class FakeGroup::Rank final : public PrefillBackend {
     result.figures.covered_pairs = 11;
     result.figures.rank_covered_pairs = {5, 6};
     result.figures.kv_bytes = 13;
+    result.figures.gemm_seconds = 1.5;
+    result.figures.other_seconds = 2.5;
+    result.figures.exposed_copy_seconds = 3.5;
+    result.figures.peak_device_bytes = 14;
+    result.figures.planned_device_bytes = 15;
+    result.figures.outside_device_bytes = 16;
+    result.figures.device = "fake device";
+    result.figures.compute_dtype = model().compute_dtype;
     return result;
   }
 

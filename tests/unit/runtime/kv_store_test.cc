@@ -59,7 +59,7 @@ class KvStoreTest : public testing::Test {
       }
     }
     return sink.Append(layer, row_begin, row_end, {key.data(), rows * spec.head_dim, spec.head_dim},
-                       {value.data(), rows * spec.head_dim, spec.head_dim});
+                       {value.data(), rows * spec.head_dim, spec.head_dim}, DType::kFloat32);
   }
 
   absl::Status AppendAll(KvSink& sink, const KvTransferSpec& spec) {
@@ -341,7 +341,8 @@ TEST_F(KvStoreTest, RefusesGapsAndMisshapenSpecs) {
   EXPECT_THAT(Append(*sink, spec, 1, 0, 300), StatusIs(absl::StatusCode::kInternal, HasSubstr("layer 1")));
   EXPECT_THAT(Append(*sink, spec, 0, 5, 300),
               StatusIs(absl::StatusCode::kInternal, HasSubstr("row 0 of layer 0")));
-  EXPECT_THAT(sink->Append(0, 0, 301, {}, {}), StatusIs(absl::StatusCode::kInternal, HasSubstr("300 rows")));
+  EXPECT_THAT(sink->Append(0, 0, 301, {}, {}, DType::kFloat32),
+              StatusIs(absl::StatusCode::kInternal, HasSubstr("300 rows")));
   LF_EXPECT_OK(sink->Finish(absl::CancelledError("")));
   spec.transfer_id = "other";
   spec.head_dim = 0;
@@ -356,7 +357,7 @@ TEST_F(KvStoreTest, RankWithoutTokensIsReadyAtOnce) {
   LF_ASSERT_OK_AND_ASSIGN(auto sink, store_.Open(spec));
   LF_ASSERT_OK_AND_ASSIGN(auto reader, store_.Read("id"));
   LF_EXPECT_OK(reader->WaitForRows(2, 0, In(milliseconds(0))));
-  LF_EXPECT_OK(sink->Append(0, 0, 0, {}, {}));
+  LF_EXPECT_OK(sink->Append(0, 0, 0, {}, {}, DType::kFloat32));
   LF_EXPECT_OK(sink->Finish(absl::OkStatus()));
   LF_ASSERT_OK_AND_ASSIGN(const KvSelection selection, ResolveSelection({}, spec));
   EXPECT_TRUE(CutIntoPieces(selection, spec, 1000).empty());

@@ -41,6 +41,7 @@ class Cluster {
     int64_t head_dim = 4;
     int64_t max_tokens = 1 << 21;
     int64_t vocab_size = 32;
+    DType compute_dtype = DType::kFloat32;
     ServerOptions server;
     bool begin = true;
   };
@@ -60,6 +61,7 @@ class Cluster {
                .head_dim = options.head_dim,
                .vocab_size = options.vocab_size,
                .max_position_embeddings = options.max_tokens,
+               .compute_dtype = options.compute_dtype,
                .mesh = options.mesh,
                .default_attention = "dense"}) {
     ConfigureLog(LogLevel::kOff, 0);

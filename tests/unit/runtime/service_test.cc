@@ -74,6 +74,8 @@ TEST(Service, TellsManifestPlanProgressAndFigures) {
   EXPECT_EQ(accepted[0].attention, "dense (fake)");
   EXPECT_EQ(accepted[0].memory_plan.weights_bytes, 7);
   EXPECT_EQ(accepted[0].memory_plan.kv_store_bytes, 5);
+  EXPECT_EQ(accepted[0].memory_plan.DeviceBytes(), 7 + 1 + 2 + 3 + 4);
+  EXPECT_EQ(accepted[0].memory_plan.HostBytes(), 8 + 9 + 10 + 5);
   ASSERT_FALSE(progress.empty());
   EXPECT_EQ(progress.back().total_tokens, 300);
   EXPECT_EQ(progress.back().processed_tokens, 300);
@@ -81,11 +83,32 @@ TEST(Service, TellsManifestPlanProgressAndFigures) {
   EXPECT_EQ(got.figures.mesh, (Mesh{2, 2}));
   EXPECT_EQ(got.figures.rank_covered_pairs, (std::vector<int64_t>{5, 6}));
   EXPECT_EQ(got.figures.density, 0.25);
+  EXPECT_EQ(got.figures.gemm_seconds, 1.5);
+  EXPECT_EQ(got.figures.other_seconds, 2.5);
+  EXPECT_EQ(got.figures.exposed_copy_seconds, 3.5);
+  EXPECT_EQ(got.figures.peak_device_bytes, 14);
+  EXPECT_EQ(got.figures.planned_device_bytes, 15);
+  EXPECT_EQ(got.figures.outside_device_bytes, 16);
+  EXPECT_EQ(got.figures.device, "fake device");
+  EXPECT_EQ(got.figures.compute_dtype, DType::kFloat32);
   LF_ASSERT_OK_AND_ASSIGN(const ModelFacts facts, client->GetModelInfo());
   EXPECT_EQ(facts.architecture, "FakeForCausalLM");
   EXPECT_EQ(facts.mesh, (Mesh{2, 2}));
   EXPECT_EQ(facts.instance_epoch, "epoch-1");
   EXPECT_EQ(cluster.Status().prompts_done(), 1);
+}
+
+TEST(Service, KvIsOfTheComputeDtypeWhereNoneIsAskedFor) {
+  Cluster::Options options = Cluster::Defaults();
+  options.compute_dtype = DType::kBFloat16;
+  Cluster cluster(options);
+  for (const std::optional<DType> asked : {std::optional<DType>(), std::optional(DType::kFloat32)}) {
+    SubmitOptions submit;
+    submit.kv_dtype = asked;
+    LF_ASSERT_OK_AND_ASSIGN(const Prefilled got, cluster.Client()->Prefill(Ids(10), submit, nullptr));
+    EXPECT_EQ(got.manifest.dtype, asked.value_or(DType::kBFloat16));
+    EXPECT_EQ(got.figures.compute_dtype, DType::kBFloat16);
+  }
 }
 
 TEST(Service, PagesOfALayerArriveWhileLaterLayersCompute) {

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/oracle/oracle.h"
+#include "tests/testing/host_index.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -19,7 +20,7 @@ namespace {
 constexpr int64_t kLengths[] = {1, 2, 29, 30, 31, 63, 64, 65, 99, 100, 101, 127, 128, 200, 301, 513};
 
 // The pairs of all tiles; every broken promise of TileKeys is a failure that names the tile.
-oracle::Mask Expand(const SparseIndex& index, int64_t num_tokens) {
+oracle::Mask Expand(const IndexView& index, int64_t num_tokens) {
   oracle::Mask mask(num_tokens, num_tokens);
   TileKeys keys;
   for (int64_t m = 0; m * kRowBlock < num_tokens; ++m) {
@@ -68,15 +69,25 @@ void ExpectSameMask(const oracle::Mask& got, const oracle::Mask& want) {
   }
 }
 
-void ExpectCovers(const SparseIndex& index, const oracle::Mask& want, int64_t published) {
+void ExpectCovers(const IndexView& index, const oracle::Mask& want, int64_t published) {
   const int64_t n = want.num_queries;
   ExpectSameMask(Expand(index, n), want);
-  std::vector<int64_t> per_block;
-  const PairCounts counts = CountPairs(index, n, &per_block);
-  EXPECT_EQ(counts.covered, want.CountPairs());
-  EXPECT_EQ(counts.published, published);
-  EXPECT_EQ(static_cast<int64_t>(per_block.size()), (n + kRowBlock - 1) / kRowBlock);
-  EXPECT_EQ(std::accumulate(per_block.begin(), per_block.end(), int64_t{0}), counts.covered);
+  EXPECT_EQ(CountPairs(index, n), (PairCounts{published, want.CountPairs()}));
+  PairCounts sum;
+  for (int64_t m = 0; m * kRowBlock < n; ++m) {
+    const PairCounts counts = CountRowBlockPairs(index, m, m + 1, n);
+    sum.published += counts.published;
+    sum.covered += counts.covered;
+  }
+  EXPECT_EQ(sum, (PairCounts{published, want.CountPairs()}));
+}
+
+void ExpectCovers(const SparseIndex& index, const oracle::Mask& want, int64_t published) {
+  ExpectCovers(HostIndex(index).view(), want, published);
+}
+
+PairCounts CountPairs(const SparseIndex& index, int64_t num_tokens) {
+  return CountPairs(HostIndex(index).view(), num_tokens);
 }
 
 void ExpectVerticalSlash(const std::vector<int32_t>& columns, const std::vector<int32_t>& distances,
@@ -123,11 +134,7 @@ TEST(Coverage, DenseCoversEveryCausalPairAtEveryLength) {
   }
 }
 
-TEST(Coverage, OfAnEmptyPromptIsEmpty) {
-  std::vector<int64_t> per_block = {7};
-  EXPECT_EQ(CountPairs(MakeDenseIndex(), 0, &per_block), PairCounts());
-  EXPECT_TRUE(per_block.empty());
-}
+TEST(Coverage, OfAnEmptyPromptIsEmpty) { EXPECT_EQ(CountPairs(MakeDenseIndex(), 0), PairCounts()); }
 
 TEST(Coverage, AShapeIsExactAtEveryTokenAndLength) {
   for (const int64_t n : kLengths) {
@@ -229,10 +236,34 @@ TEST(Coverage, OfBlockListsEqualsTheOracle) {
         index.key_blocks.insert(index.key_blocks.end(), blocks.back().begin(), blocks.back().end());
         index.row_offsets.push_back(index.key_blocks.size());
       }
-      index.published_pairs = round % 2;
       LF_ASSERT_OK(ValidateIndex(index, n));
       SCOPED_TRACE(absl::StrCat("tokens ", n, " round ", round));
-      ExpectCovers(index, oracle::BlockMask(blocks, n), index.published_pairs);
+      const oracle::Mask want = oracle::BlockMask(blocks, n);
+      ExpectCovers(index, want, want.CountPairs());
+    }
+  }
+}
+
+// What lies behind the valid entries of a row is not read as one.
+TEST(Coverage, OfPaddedBlockListsEqualsTheOracle) {
+  std::mt19937 random(6);
+  for (const int64_t n : kLengths) {
+    const int64_t num_row_blocks = (n + kRowBlock - 1) / kRowBlock;
+    for (const int64_t row_length : {1, 2, 5, 9}) {
+      std::vector<std::vector<int32_t>> blocks;
+      std::vector<int32_t> padded(num_row_blocks * row_length, -7);
+      for (int64_t m = 0; m < num_row_blocks; ++m) {
+        blocks.push_back(RandomPositions(m + 1, row_length, false, random));
+        std::sort(blocks.back().begin(), blocks.back().end());
+        std::copy(blocks.back().begin(), blocks.back().end(), padded.begin() + m * row_length);
+      }
+      IndexView view;
+      view.form = IndexView::Form::kBlockList;
+      view.key_blocks = padded.data();
+      view.row_length = row_length;
+      SCOPED_TRACE(absl::StrCat("tokens ", n, " row length ", row_length));
+      const oracle::Mask want = oracle::BlockMask(blocks, n);
+      ExpectCovers(view, want, want.CountPairs());
     }
   }
 }
@@ -240,13 +271,13 @@ TEST(Coverage, OfBlockListsEqualsTheOracle) {
 TEST(Coverage, OfTilesMovesWithTheRowBlock) {
   std::mt19937 random(11);
   const std::vector<int32_t> distances = RandomPositions(900, 60, false, random);
-  const SparseIndex index = MakeVerticalSlashIndex({}, distances, Coverage::kTiles);
+  const HostIndex index(MakeVerticalSlashIndex({}, distances, Coverage::kTiles));
   TileKeys first;
   TileKeys later;
   const int64_t base = 15;  // from here on no window is cut at key 0
-  ExpandTile(index, base, 64 * 64, &first);
+  ExpandTile(index.view(), base, 64 * 64, &first);
   for (int64_t m = base + 1; m < 40; ++m) {
-    ExpandTile(index, m, 64 * 64, &later);
+    ExpandTile(index.view(), m, 64 * 64, &later);
     for (KeyRange& range : later.ranges) {
       range.begin -= (m - base) * kRowBlock;
       range.end -= (m - base) * kRowBlock;
@@ -259,7 +290,7 @@ TEST(Coverage, LongStretchesOfColumnsAreRangesAndSinglesAreNot) {
   std::vector<int32_t> columns = FirstPositions(500);
   columns.push_back(700);
   TileKeys keys;
-  ExpandTile(MakeVerticalSlashIndex(columns, {0}, Coverage::kTiles), 20, 64 * 21, &keys);
+  ExpandTile(HostIndex(MakeVerticalSlashIndex(columns, {0}, Coverage::kTiles)).view(), 20, 64 * 21, &keys);
   EXPECT_EQ(keys.ranges,
             (std::vector<KeyRange>{{0, 500, 0, kNoMaxDistance}, {1280, 1344, 0, kNoMaxDistance}}));
   EXPECT_EQ(keys.columns, std::vector<int32_t>{700});
@@ -267,7 +298,7 @@ TEST(Coverage, LongStretchesOfColumnsAreRangesAndSinglesAreNot) {
 
 TEST(Coverage, AShapeTileIsOneRangeForTheSinkAndOneForTheWindow) {
   TileKeys keys;
-  ExpandTile(MakeAShapeIndex({128, 300}), 20, 64 * 64, &keys);
+  ExpandTile(HostIndex(MakeAShapeIndex({128, 300})).view(), 20, 64 * 64, &keys);
   EXPECT_EQ(keys.ranges, (std::vector<KeyRange>{{0, 128, 0, kNoMaxDistance}, {981, 1344, 0, 300}}));
   EXPECT_TRUE(keys.columns.empty());
 }

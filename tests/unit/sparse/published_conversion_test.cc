@@ -8,6 +8,7 @@
 #include "kernels/cpu/oracle/oracle.h"
 #include "kernels/sparse/coverage.h"
 #include "nlohmann/json.hpp"
+#include "tests/testing/host_index.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -34,7 +35,7 @@ void ExpectRow(const std::vector<int32_t>& columns, const std::vector<int32_t>& 
   EXPECT_EQ(starts, want.ranges);
 
   TileKeys keys;
-  ExpandTile(index, row_block, num_tokens, &keys);
+  ExpandTile(HostIndex(index).view(), row_block, num_tokens, &keys);
   EXPECT_EQ(std::vector<int64_t>(keys.columns.begin(), keys.columns.end()), want.columns);
   const int64_t key_end = std::min(64 * row_block + 64, num_tokens);
   std::erase_if(runs, [key_end](const KeyRange& run) { return run.begin >= key_end; });

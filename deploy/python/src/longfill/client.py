@@ -92,7 +92,7 @@ class Client:
         logits: Literal["last"] | Sequence[int] = "last",
         on_progress: Callable[[Progress], None] | None = None,
         *,
-        kv_dtype: str = "float32",
+        kv_dtype: str | None = None,
         coverage: str = "tiles",
         kv: Literal["fetch", "leave", "drop"] = "fetch",
         request_id: str = "",
@@ -102,7 +102,8 @@ class Client:
 
         ids: token ids of the prompt. attention: "auto", "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S" or
         "block-sparse:K"; a path object is a pattern file, which is read here. logits: "last" or the positions wanted.
-        on_progress is called in this thread. kv_dtype: "float32", "bfloat16", "float16". coverage: "tiles", "parity".
+        on_progress is called in this thread. kv_dtype: "float32", "bfloat16", "float16", or None for what the service
+        computes in. coverage: "tiles", "parity".
         timeout: seconds for all of it. kv: "fetch" it; "leave" it on the ranks for another consumer, which finds it by the
         manifest, until its lease ends; or "drop" it, where the logits are all that is wanted.
 
@@ -144,9 +145,9 @@ class Client:
 
 
 def _make_header(ids: Sequence[int] | numpy.ndarray, attention: str | os.PathLike[str],
-                 logits: Literal["last"] | Sequence[int], kv_dtype: str, coverage: str,
+                 logits: Literal["last"] | Sequence[int], kv_dtype: str | None, coverage: str,
                  request_id: str) -> prefill_pb2.PrefillHeader:
-    if kv_dtype not in _DTYPES:
+    if kv_dtype is not None and kv_dtype not in _DTYPES:
         raise ValueError(f"kv_dtype {kv_dtype!r}: expected one of {', '.join(_DTYPES)}")
     if coverage not in _COVERAGES:
         raise ValueError(f"coverage {coverage!r}: expected one of {', '.join(_COVERAGES)}")
@@ -159,7 +160,8 @@ def _make_header(ids: Sequence[int] | numpy.ndarray, attention: str | os.PathLik
         spec = prefill_pb2.AttentionSpec(spec=path.name, pattern_json=path.read_text(encoding="utf-8"))
     return prefill_pb2.PrefillHeader(
         request_id=request_id, num_tokens=len(ids), attention=spec, coverage=_COVERAGES[coverage],
-        logits_positions=[] if isinstance(logits, str) else [int(p) for p in logits], kv_dtype=_DTYPES[kv_dtype],
+        logits_positions=[] if isinstance(logits, str) else [int(p) for p in logits],
+        kv_dtype=kv_pb2.DATA_TYPE_UNSPECIFIED if kv_dtype is None else _DTYPES[kv_dtype],
     )
 
 

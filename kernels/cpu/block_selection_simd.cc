@@ -1,7 +1,7 @@
-#include "kernels/cpu/selection_simd.h"
+#include "kernels/cpu/block_selection_simd.h"
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "kernels/cpu/selection_simd.cc"
+#define HWY_TARGET_INCLUDE "kernels/cpu/block_selection_simd.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/score_rows-inl.h"

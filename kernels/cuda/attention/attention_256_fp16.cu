@@ -1,0 +1,10 @@
+#include "kernels/cuda/attention/launch_attention.cuh"
+
+namespace longfill::cuda::attention {
+
+template absl::Status LaunchAttention<DType::kFloat16, 256, 64>(const Args&, int, const DeviceLimits&,
+                                                                cudaStream_t);
+template absl::Status LaunchAttention<DType::kFloat16, 256, 128>(const Args&, int, const DeviceLimits&,
+                                                                 cudaStream_t);
+
+}  // namespace longfill::cuda::attention

@@ -1,0 +1,68 @@
+#include "parallel/packing.h"
+
+namespace longfill {
+
+absl::Status CopyBlocks(KernelSet& kernels, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
+                        int64_t block_bytes, int64_t bytes, Stream& stream) {
+  const int64_t whole = block_bytes > 0 ? bytes / block_bytes : 0;
+  const int64_t rest = bytes - whole * block_bytes;
+  if (whole > 0) {
+    LF_RETURN_IF_ERROR(kernels.Copy2D({.to = to,
+                                       .to_pitch = to_pitch,
+                                       .from = from,
+                                       .from_pitch = from_pitch,
+                                       .row_bytes = block_bytes,
+                                       .rows = whole},
+                                      stream));
+  }
+  if (rest == 0) return absl::OkStatus();
+  return kernels.Copy2D({.to = static_cast<char*>(to) + whole * to_pitch,
+                         .to_pitch = rest,
+                         .from = static_cast<const char*>(from) + whole * from_pitch,
+                         .from_pitch = rest,
+                         .row_bytes = rest,
+                         .rows = 1},
+                        stream);
+}
+
+absl::StatusOr<char*> PackHeads(KernelSet& kernels, HeadsView<const void> from,
+                                std::span<const int32_t> heads, const TokenRange& rows, int64_t width,
+                                char* to, Stream& stream) {
+  const int64_t num_rows = rows.end - rows.begin;
+  if (num_rows == 0) return to;  // a rank without tokens may have no buffer to copy from
+  const DType dtype = kernels.compute_dtype();
+  const int64_t head_bytes = num_rows * width * DTypeBytes(dtype);
+  const auto start_of = [&](int32_t head) {
+    return Advance(from.data, head * from.head_stride + rows.begin * from.row_stride, dtype);
+  };
+  size_t next = 0;
+  while (next < heads.size()) {
+    if (from.row_stride != width) {
+      LF_RETURN_IF_ERROR(kernels.Copy2D({.to = to,
+                                         .to_pitch = width * DTypeBytes(dtype),
+                                         .from = start_of(heads[next]),
+                                         .from_pitch = from.row_stride * DTypeBytes(dtype),
+                                         .row_bytes = width * DTypeBytes(dtype),
+                                         .rows = num_rows},
+                                        stream));
+      to += head_bytes;
+      ++next;
+      continue;
+    }
+    size_t end = next + 1;  // neighbours go together
+    while (end < heads.size() && heads[end] == heads[end - 1] + 1) ++end;
+    const int64_t count = static_cast<int64_t>(end - next);
+    LF_RETURN_IF_ERROR(kernels.Copy2D({.to = to,
+                                       .to_pitch = head_bytes,
+                                       .from = start_of(heads[next]),
+                                       .from_pitch = from.head_stride * DTypeBytes(dtype),
+                                       .row_bytes = head_bytes,
+                                       .rows = count},
+                                      stream));
+    to += count * head_bytes;
+    next = end;
+  }
+  return to;
+}
+
+}  // namespace longfill

@@ -1,0 +1,27 @@
+#ifndef LONGFILL_PARALLEL_PACKING_H_
+#define LONGFILL_PARALLEL_PACKING_H_
+
+// How rows get into and out of the buffers of an exchange, on the device.
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/api/kernel_set.h"
+#include "parallel/mesh.h"
+
+namespace longfill {
+
+// `bytes` in blocks of block_bytes, the last of which may be shorter; blocks start to_pitch and from_pitch
+// bytes apart.
+absl::Status CopyBlocks(KernelSet& kernels, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
+                        int64_t block_bytes, int64_t bytes, Stream& stream);
+
+// Rows [begin, end) of some heads of `from`, of `width` elements of the compute dtype, to
+// [heads.size(), end - begin, width] at `to`. Returns the byte behind them.
+absl::StatusOr<char*> PackHeads(KernelSet& kernels, HeadsView<const void> from,
+                                std::span<const int32_t> heads, const TokenRange& rows, int64_t width,
+                                char* to, Stream& stream);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_PARALLEL_PACKING_H_

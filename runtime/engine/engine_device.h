@@ -1,0 +1,43 @@
+#ifndef LONGFILL_RUNTIME_ENGINE_ENGINE_DEVICE_H_
+#define LONGFILL_RUNTIME_ENGINE_ENGINE_DEVICE_H_
+
+// Which device a rank computes on, and how much of its memory the rank may plan with.
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "kernels/api/backend.h"
+#include "kernels/base/dtype.h"
+#include "kernels/base/status.h"
+
+namespace longfill {
+
+struct DeviceOptions {
+  DeviceKind kind = DeviceKind::kCpu;
+  std::optional<DType> compute_dtype;  // empty: float32 on the CPU, bfloat16 on CUDA
+  int ordinal = -1;                    // of CUDA; -1: local_rank modulo the visible devices
+  int num_threads = 1;                 // on the CPU
+  int ranks_on_host = 1;
+  int local_rank = 0;  // among them
+};
+
+// Errors are those of CreateCudaBackend; InvalidArgument for an ordinal that is not there or a compute dtype
+// that the device does not have.
+absl::StatusOr<std::shared_ptr<Backend>> CreateBackend(const DeviceOptions& options);
+
+// How many ranks of this host compute on the device of this one; 1 on the CPU.
+absl::StatusOr<int> RanksOnDevice(const DeviceOptions& options);
+
+// Bytes of the device that this rank uses outside of backend.memory(): driver, context, libraries, and room
+// for kernels that are loaded when they first run. Ranks that share the device are taken to be alike, so all
+// of them have allocated what they keep. 0 on the CPU.
+absl::StatusOr<int64_t> MeasureOutsideBytes(Backend& backend, int ranks_on_device);
+
+// Bytes of the device for the next prompt of this rank, with what backend.memory() has in use and the
+// `outside_bytes` that were measured, since plans count both. 0 on the CPU.
+absl::StatusOr<int64_t> AvailableDeviceBytes(Backend& backend, int ranks_on_device, int64_t outside_bytes);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_RUNTIME_ENGINE_ENGINE_DEVICE_H_

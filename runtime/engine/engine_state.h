@@ -1,0 +1,73 @@
+#ifndef LONGFILL_RUNTIME_ENGINE_ENGINE_STATE_H_
+#define LONGFILL_RUNTIME_ENGINE_ENGINE_STATE_H_
+
+// What a PrefillEngine holds from its creation to its end, for the files of this folder.
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "kernels/api/backend.h"
+#include "kernels/base/status.h"
+#include "kernels/base/stream.h"
+#include "models/config.h"
+#include "models/weights.h"
+#include "parallel/communicator.h"
+#include "parallel/parallel_attention.h"
+#include "runtime/engine/engine_device.h"
+#include "runtime/engine/memory_plan.h"
+#include "runtime/engine/prefill_engine.h"
+#include "runtime/kv/kv_exporter.h"
+
+namespace longfill {
+
+struct EngineState {
+  EngineState(EngineOptions options_in, Communicator& world_in, std::shared_ptr<Backend> backend_in)
+      : options(std::move(options_in)), world(world_in), backend(std::move(backend_in)) {}
+
+  // Everything that one rank can do by itself.
+  absl::Status Load();
+  // Collective, after Load succeeded everywhere.
+  absl::Status Connect();
+  // Collective, once all ranks have run what they will run.
+  absl::Status MeasureOutside();
+
+  // Collective: OK everywhere, or everywhere the error of the lowest failing rank. A failure of the
+  // collective itself breaks the group.
+  absl::Status Agree(const absl::Status& mine);
+  // After this the group is of no more use: a collective failed here, or is failing on a peer, or the device
+  // is lost.
+  absl::Status Break(const absl::Status& reason);
+
+  MemoryPlanInput PlanInput(const PrefillRequest& request, const PatternSet& patterns) const;
+  absl::StatusOr<MemoryBudget> Budget() const;
+  absl::Status CheckMemory(const PrefillRequest& request, const PatternSet& patterns) const;
+  absl::StatusOr<ResolvedAttention> Resolve(const PrefillRequest& request) const;
+
+  EngineOptions options;
+  Communicator& world;    // for host memory
+  CpuStream host_stream;  // of its calls
+  std::shared_ptr<Backend> backend;
+  KvRing ring;
+  ModelConfig config;
+  std::string fingerprint;
+  std::unique_ptr<const ModelWeights> weights;
+  std::unique_ptr<Communicator> staged_world;  // on a GPU
+  std::unique_ptr<ParallelAttention> attention;
+  int ranks_on_device = 1;
+  int64_t outside_bytes = 0;  // MemoryPlan::outside_bytes
+  std::atomic<bool> healthy{true};
+  bool shut_down = false;
+
+  // For memory of the backend.
+  Communicator& device_world() { return staged_world != nullptr ? *staged_world : world; }
+
+ private:
+  absl::Status LoadWeights();
+  absl::Status CheckRanksHaveOneModel();
+};
+
+}  // namespace longfill
+
+#endif  // LONGFILL_RUNTIME_ENGINE_ENGINE_STATE_H_

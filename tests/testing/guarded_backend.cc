@@ -1,0 +1,288 @@
+#include "tests/testing/guarded_backend.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "kernels/base/thread_pool.h"
+#include "kernels/cpu/cpu_kernel_set.h"
+
+namespace longfill {
+namespace {
+
+// Each allocation ends at a page that can never be touched, and can itself be touched while the memory is
+// open.
+class GuardedMemory final : public MemoryResource {
+ public:
+  explicit GuardedMemory(int64_t limit_bytes) : limit_bytes_(limit_bytes) {}
+
+  void Open() { Protect(PROT_READ | PROT_WRITE); }
+  void Close() { Protect(PROT_NONE); }
+
+ private:
+  void* DoAllocate(int64_t size_bytes) override {
+    if (limit_bytes_ > 0 && bytes_in_use() + size_bytes > limit_bytes_) return nullptr;
+    const size_t page = static_cast<size_t>(getpagesize());
+    const size_t aligned = (static_cast<size_t>(size_bytes) + 63) / 64 * 64;
+    const size_t usable = (aligned + page - 1) / page * page;
+    void* const base =
+        mmap(nullptr, usable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) return nullptr;
+    std::memset(base, 0x7F, usable);
+    LF_CHECK(mprotect(base, usable + page, PROT_NONE) == 0);
+    void* const data = static_cast<char*>(base) + usable - aligned;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    mappings_[data] = {base, usable};
+    return data;
+  }
+  void DoDeallocate(void* data, int64_t) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto mapping = mappings_.find(data);
+    LF_CHECK(mapping != mappings_.end());
+    const auto [base, usable] = mapping->second;
+    LF_CHECK(munmap(base, usable + static_cast<size_t>(getpagesize())) == 0);
+    mappings_.erase(mapping);
+  }
+  void Protect(int protection) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [data, mapping] : mappings_) {
+      LF_CHECK(mprotect(mapping.first, mapping.second, protection) == 0);
+    }
+  }
+
+  const int64_t limit_bytes_;
+  std::mutex mutex_;
+  std::map<void*, std::pair<void*, size_t>> mappings_;  // base and usable bytes of each allocation
+};
+
+class GuardedStream final : public Stream {
+ public:
+  DeviceKind device() const override { return DeviceKind::kCuda; }
+  absl::Status Sync() override {
+    for (const auto& [to, bytes] : on_their_way_) std::memcpy(to, bytes.data(), bytes.size());
+    on_their_way_.clear();
+    return absl::OkStatus();
+  }
+  absl::Status WaitFor(const Event&) override { return absl::OkStatus(); }
+
+  void Deliver(void* to, std::vector<char> bytes) {
+    if (bytes.empty()) return;
+    std::memset(to, 0x7F, bytes.size());
+    on_their_way_.emplace_back(to, std::move(bytes));
+  }
+
+ private:
+  std::vector<std::pair<void*, std::vector<char>>> on_their_way_;
+};
+
+class GuardedEvent final : public Event {
+ public:
+  absl::Status Record(Stream& stream) override {
+    if (stream.device() != DeviceKind::kCuda) return absl::InvalidArgumentError("a stream of the CPU");
+    CpuStream cpu;
+    return event_.Record(cpu);
+  }
+  absl::StatusOr<bool> Passed() const override { return true; }
+  absl::Status Wait() const override { return absl::OkStatus(); }
+  absl::StatusOr<double> SecondsSince(const Event& earlier) const override {
+    return event_.SecondsSince(static_cast<const GuardedEvent&>(earlier).event_);
+  }
+
+ private:
+  CpuEvent event_;
+};
+
+class GuardedKernelSet final : public KernelSet {
+ public:
+  GuardedKernelSet(ThreadPool& pool, GuardedMemory& memory)
+      : memory_(memory), cpu_(CreateCpuKernelSet(pool, memory)) {}
+
+  std::string_view name() const override { return "guarded"; }
+  DeviceKind device() const override { return DeviceKind::kCuda; }
+  DType compute_dtype() const override { return cpu_->compute_dtype(); }
+  MemoryResource& memory() override { return memory_; }
+  int64_t preferred_rows() const override { return cpu_->preferred_rows(); }
+
+  absl::Status CopyIn(void* to, const void* host, int64_t bytes, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->CopyIn(to, host, bytes, cpu); });
+  }
+  absl::Status CopyOut(void* host, const void* from, int64_t bytes, Stream& stream) override {
+    std::vector<char> copy(static_cast<size_t>(bytes));
+    LF_RETURN_IF_ERROR(
+        Run(stream, [&](Stream& cpu) { return cpu_->CopyOut(copy.data(), from, bytes, cpu); }));
+    static_cast<GuardedStream&>(stream).Deliver(host, std::move(copy));
+    return absl::OkStatus();
+  }
+  absl::Status Copy2D(const Copy2DParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Copy2D(params, cpu); });
+  }
+  absl::Status Zero(void* data, int64_t bytes, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Zero(data, bytes, cpu); });
+  }
+  absl::Status FillRandom(const FillRandomParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->FillRandom(params, cpu); });
+  }
+  absl::Status Embed(const EmbedParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Embed(params, cpu); });
+  }
+  absl::Status RmsNorm(const RmsNormParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->RmsNorm(params, cpu); });
+  }
+  int64_t GemmWorkspaceBytes(int64_t max_rows, int64_t max_in_width, int64_t max_out_width) const override {
+    return cpu_->GemmWorkspaceBytes(max_rows, max_in_width, max_out_width);
+  }
+  absl::Status Gemm(const GemmParams& params, Workspace workspace, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Gemm(params, workspace, cpu); });
+  }
+  absl::Status GatedActivation(const GatedActivationParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->GatedActivation(params, cpu); });
+  }
+  absl::Status Rotary(const RotaryParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Rotary(params, cpu); });
+  }
+  int64_t AttentionWorkspaceBytes(const AttentionBounds& bounds) const override {
+    return cpu_->AttentionWorkspaceBytes(bounds);
+  }
+  absl::Status Attention(const AttentionParams& params, Workspace workspace, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Attention(params, workspace, cpu); });
+  }
+  int64_t LastQueryWorkspaceBytes(int64_t num_heads, int64_t num_keys, int64_t head_dim) const override {
+    return cpu_->LastQueryWorkspaceBytes(num_heads, num_keys, head_dim);
+  }
+  absl::Status LastQueryRowMax(const LastQueryParams& params, float* row_max, Workspace workspace,
+                               Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->LastQueryRowMax(params, row_max, workspace, cpu); });
+  }
+  absl::Status LastQueryRowSum(const LastQueryParams& params, const float* row_max, uint64_t* row_sum,
+                               Workspace workspace, Stream& stream) override {
+    return Run(stream,
+               [&](Stream& cpu) { return cpu_->LastQueryRowSum(params, row_max, row_sum, workspace, cpu); });
+  }
+  absl::Status LastQueryScore(const LastQueryParams& params, const float* row_max, const uint64_t* row_sum,
+                              const LastQueryScores& scores, Workspace workspace, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) {
+      return cpu_->LastQueryScore(params, row_max, row_sum, scores, workspace, cpu);
+    });
+  }
+  absl::Status JoinScores(const JoinScoresParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->JoinScores(params, cpu); });
+  }
+  absl::Status SelectionStart(std::span<const int64_t> budgets, SelectionCut* cuts, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->SelectionStart(budgets, cuts, cpu); });
+  }
+  absl::Status SelectionHistogram(const SelectionLists& lists, int pass, const SelectionCut* cuts,
+                                  uint64_t* histogram, Stream& stream) override {
+    return Run(stream,
+               [&](Stream& cpu) { return cpu_->SelectionHistogram(lists, pass, cuts, histogram, cpu); });
+  }
+  absl::Status SelectionAdvance(int64_t num_lists, int pass, const uint64_t* histogram, SelectionCut* cuts,
+                                Stream& stream) override {
+    return Run(stream,
+               [&](Stream& cpu) { return cpu_->SelectionAdvance(num_lists, pass, histogram, cuts, cpu); });
+  }
+  absl::Status SelectionMark(const SelectionLists& lists, const SelectionCut* cuts, uint64_t* bits,
+                             int64_t words_per_list, Stream& stream) override {
+    return Run(stream,
+               [&](Stream& cpu) { return cpu_->SelectionMark(lists, cuts, bits, words_per_list, cpu); });
+  }
+  int64_t BuildIndexWorkspaceBytes(int64_t num_heads, int64_t words_per_list) const override {
+    return cpu_->BuildIndexWorkspaceBytes(num_heads, words_per_list);
+  }
+  absl::Status BuildIndex(const BuildIndexParams& params, Workspace workspace, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->BuildIndex(params, workspace, cpu); });
+  }
+  int64_t CountPairsWorkspaceBytes(int64_t num_heads, int64_t num_tokens) const override {
+    return cpu_->CountPairsWorkspaceBytes(num_heads, num_tokens);
+  }
+  absl::Status CountPairs(const CountPairsParams& params, Workspace workspace, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->CountPairs(params, workspace, cpu); });
+  }
+  absl::Status Pool(const PoolParams& params, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->Pool(params, cpu); });
+  }
+  int64_t SelectBlocksWorkspaceBytes(int64_t num_row_blocks, int64_t num_key_blocks,
+                                     int64_t head_dim) const override {
+    return cpu_->SelectBlocksWorkspaceBytes(num_row_blocks, num_key_blocks, head_dim);
+  }
+  absl::Status SelectBlocks(const SelectBlocksParams& params, Workspace workspace, Stream& stream) override {
+    return Run(stream, [&](Stream& cpu) { return cpu_->SelectBlocks(params, workspace, cpu); });
+  }
+
+ private:
+  template <typename Body>
+  absl::Status Run(Stream& stream, const Body& body) {
+    if (stream.device() != DeviceKind::kCuda) return absl::InvalidArgumentError("a stream of the CPU");
+    CpuStream cpu;
+    memory_.Open();
+    absl::Status status = body(cpu);
+    memory_.Close();
+    return status;
+  }
+
+  GuardedMemory& memory_;
+  const std::unique_ptr<KernelSet> cpu_;
+};
+
+class GuardedBackend final : public Backend {
+ public:
+  explicit GuardedBackend(int64_t limit_bytes)
+      : facts_{.name = "guarded CPU"}, memory_(limit_bytes), kernels_(pool_, memory_) {}
+
+  const DeviceFacts& facts() const override { return facts_; }
+  KernelSet& kernels() override { return kernels_; }
+  MemoryResource& memory() override { return memory_; }
+  MemoryResource& host_memory() override { return host_memory_; }
+  Stream& stream() override { return stream_; }
+  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override { return std::make_unique<GuardedStream>(); }
+  absl::StatusOr<std::unique_ptr<Event>> NewEvent() override { return std::make_unique<GuardedEvent>(); }
+  absl::StatusOr<int64_t> FreeMemoryBytes() override { return int64_t{1} << 40; }
+  absl::Status Health() override { return absl::OkStatus(); }
+
+ private:
+  const DeviceFacts facts_;
+  ThreadPool pool_{1};
+  GuardedMemory memory_;
+  CpuMemoryResource host_memory_;
+  GuardedKernelSet kernels_;
+  GuardedStream stream_;
+};
+
+class LimitedCpuBackend final : public Backend {
+ public:
+  explicit LimitedCpuBackend(int64_t limit_bytes)
+      : facts_{.name = "CPU"}, memory_(limit_bytes), kernels_(CreateCpuKernelSet(pool_, memory_)) {}
+
+  const DeviceFacts& facts() const override { return facts_; }
+  KernelSet& kernels() override { return *kernels_; }
+  MemoryResource& memory() override { return memory_; }
+  MemoryResource& host_memory() override { return memory_; }
+  Stream& stream() override { return stream_; }
+  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override { return std::make_unique<CpuStream>(); }
+  absl::StatusOr<std::unique_ptr<Event>> NewEvent() override { return std::make_unique<CpuEvent>(); }
+  absl::StatusOr<int64_t> FreeMemoryBytes() override { return 0; }
+  absl::Status Health() override { return absl::OkStatus(); }
+
+ private:
+  const DeviceFacts facts_;
+  ThreadPool pool_{1};
+  CpuMemoryResource memory_;
+  const std::unique_ptr<KernelSet> kernels_;
+  CpuStream stream_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> CreateGuardedBackend(int64_t limit_bytes) {
+  return std::make_unique<GuardedBackend>(limit_bytes);
+}
+
+std::unique_ptr<Backend> CreateLimitedCpuBackend(int64_t limit_bytes) {
+  return std::make_unique<LimitedCpuBackend>(limit_bytes);
+}
+
+}  // namespace longfill
