@@ -27,7 +27,7 @@
 #include <vector>
 
 #include "hwy/highway.h"
-#include "kernels/cpu/cpu_kernel_set.h"
+#include "kernels/api/backend.h"
 #include "kernels/cpu/gemm.h"
 #include "kernels/sparse/coverage.h"
 
@@ -84,7 +84,10 @@ struct Case {
 class Bench {
  public:
   explicit Bench(const Options& options)
-      : options_(options), pool_(options.threads), kernels_(CreateCpuKernelSet(pool_, memory_)) {}
+      : options_(options),
+        backend_(CreateCpuBackend(options.threads)),
+        kernels_(&backend_->kernels()),
+        stream_(backend_->stream()) {}
 
   void AddSgemm(int64_t m, int64_t n, int64_t k) {
     auto x = std::make_shared<std::vector<float>>(RandomFloats(m * k, 1));
@@ -137,11 +140,12 @@ class Bench {
   }
 
   // All query heads of one KV group share the index.
-  void AddAttention(const std::string& pattern, SparseIndex index, int64_t n, int64_t dim, int64_t q_heads) {
+  void AddAttention(const std::string& pattern, const SparseIndex& index, int64_t n, int64_t dim,
+                    int64_t q_heads) {
     if (!Wanted("attention " + pattern)) return;
-    auto data = std::make_shared<Attention>();
-    data->index = std::move(index);
-    data->indices.assign(static_cast<size_t>(q_heads), &data->index);
+    FailUnlessOk(ValidateIndex(index, n));
+    auto data = std::make_shared<Attention>(index);
+    data->indices.assign(static_cast<size_t>(q_heads), data->packed.Views(data->packed.data()).front());
     data->num_tokens = n;
     data->head_dim = dim;
     data->q = RandomFloats(q_heads * n * dim, 5);
@@ -149,8 +153,8 @@ class Bench {
     data->v = RandomFloats(n * dim, 7);
     data->out.resize(data->q.size());
     data->lse.resize(static_cast<size_t>(q_heads * n));
-    data->scratch.resize(static_cast<size_t>(kernels_->AttentionWorkspaceBytes(dim)));
-    FailUnlessOk(ValidateIndex(data->index, n));
+    data->scratch.resize(static_cast<size_t>(
+        kernels_->AttentionWorkspaceBytes({.num_q_heads = q_heads, .num_q_rows = n, .head_dim = dim})));
     RunAttention(*data, q_heads);
     Case c;
     c.name = "attention " + pattern;
@@ -176,8 +180,8 @@ class Bench {
     auto sum = std::make_shared<std::vector<uint64_t>>(64);
     auto vertical = std::make_shared<std::vector<float>>(static_cast<size_t>(n));
     auto slash = std::make_shared<std::vector<float>>(static_cast<size_t>((n + 127) / 128 * kDiagonalWindow));
-    auto scratch =
-        std::make_shared<std::vector<char>>(static_cast<size_t>(kernels_->LastQueryWorkspaceBytes(dim)));
+    auto scratch = std::make_shared<std::vector<char>>(
+        static_cast<size_t>(kernels_->LastQueryWorkspaceBytes(1, n, dim)));
     Case c;
     c.name = "last-query scores";
     c.facts = {{"tokens", Number(n)}, {"head_dim", Number(dim)}};
@@ -199,7 +203,7 @@ class Bench {
       FailUnlessOk(kernels_->LastQueryRowMax(params, max->data(), workspace, stream_));
       FailUnlessOk(kernels_->LastQueryRowSum(params, max->data(), sum->data(), workspace, stream_));
       FailUnlessOk(kernels_->LastQueryScore(params, max->data(), sum->data(),
-                                            {vertical->data(), slash->data()}, workspace, stream_));
+                                            {vertical->data(), n, slash->data()}, workspace, stream_));
     };
     // The probabilities of 64 queries add up to 64, by keys and by distances.
     c.check = [=] {
@@ -267,8 +271,9 @@ class Bench {
 
  private:
   struct Attention {
-    SparseIndex index;
-    std::vector<const SparseIndex*> indices;
+    explicit Attention(const SparseIndex& index) : packed({&index, 1}) {}
+    const PackedIndices packed;
+    std::vector<IndexView> indices;  // of the query heads: all the same
     int64_t num_tokens = 0, head_dim = 0;
     std::vector<float> q, k, v, out, lse;
     std::vector<char> scratch;
@@ -293,6 +298,7 @@ class Bench {
     params.head_dim = data.head_dim;
     params.scale = Scale(data.head_dim);
     params.sequences = {&sequence, 1};
+    data.covered = data.computed = 0;
     params.covered_pairs = &data.covered;
     params.computed_pairs = &data.computed;
     FailUnlessOk(kernels_->Attention(params, {data.scratch.data(), static_cast<int64_t>(data.scratch.size())},
@@ -323,7 +329,7 @@ class Bench {
       const int64_t row = sample < 2 ? sample * (n - 1) : sample * 15485863 % n;
       const int64_t head = sample % q_heads;
       TileKeys keys;
-      ExpandTile(data.index, row / kRowBlock, n, &keys);
+      ExpandTile(data.indices.front(), row / kRowBlock, n, &keys);
       std::vector<int64_t> seen;
       for (const KeyRange& range : keys.ranges) {
         for (int64_t key = range.begin; key < std::min(range.end, row + 1); ++key) {
@@ -375,10 +381,9 @@ class Bench {
   }
 
   const Options options_;
-  ThreadPool pool_;
-  CpuMemoryResource memory_;
-  CpuStream stream_;
-  std::unique_ptr<KernelSet> kernels_;
+  const std::unique_ptr<Backend> backend_;
+  KernelSet* const kernels_;
+  Stream& stream_;
   std::vector<Case> cases_;
 };
 

@@ -1,0 +1,117 @@
+"""Logits and every layer's K and V of dense prefills against transformers: at most twice the error of its own bfloat16 run.
+
+The reference is transformers in float32: the golden files for the tiny random checkpoints, a run on the same device for real
+ones. Errors are norms of differences, and largest differences, each relative to the reference.
+"""
+
+import json
+
+import numpy
+import oracle
+import torch
+
+REAL_MODELS = ("needle-20m", "SmolLM2-135M-Instruct")
+GPU_HEAD_DIMS = (64, 96, 128, 256)  # that attention on a GPU has kernels for
+NUM_TOKENS = 4096
+NUM_POSITIONS = 64
+
+
+def run(pack, checks, arguments):
+    pack.use_python_packages()
+    wanted = None if arguments.goldens is None else arguments.goldens.split(",")
+    directories = [directory for directory in sorted(pack.path("golden").iterdir())
+                   if directory.is_dir() and (wanted is None or directory.name in wanted)]
+    supported = [directory for directory in directories if pack.device == "cpu" or head_dim(directory) in GPU_HEAD_DIMS]
+    for directory in directories:
+        if directory not in supported:
+            check_refused(pack, checks, directory)
+    drifts = [check_tiny(pack, checks, directory) for directory in supported]
+    if drifts:
+        # That this transformers and the one that made the golden files agree, or the bounds would mean nothing.
+        checks.at_most(f"{len(drifts)} golden files: float32 here against them, max", max(drifts), 1e-4)
+    for name in REAL_MODELS:
+        if wanted is not None and name not in wanted:
+            continue
+        directory = pack.model(name)
+        if directory is not None:
+            check_real(pack, checks, directory, 512 if arguments.small else NUM_TOKENS)
+        else:
+            checks.not_run(name, "the model is not in this pack")
+
+
+def head_dim(directory):
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def check_refused(pack, checks, directory):
+    """A head dim without kernels is bad input, and the error names it."""
+    result = pack.run("longfill", "prefill", "--model", directory, "--tokens", directory / "tokens.i32", "--kv", "discard",
+                      "--device", pack.device, check=False)
+    named = f"head_dim {head_dim(directory)}" in result.stderr
+    checks.equal(f"{directory.name}: head dim {head_dim(directory)} is refused by name", (result.returncode, named), (2, True))
+
+
+def check_tiny(pack, checks, directory):
+    from longfill import safetensors_io  # from the pack
+
+    golden = {name: array for name, (_, array) in safetensors_io.read(directory / "golden.safetensors").items()}
+    ids = numpy.fromfile(directory / "tokens.i32", dtype="<i4")
+    positions = golden["positions"].tolist()
+    low, _ = oracle.prefill(oracle.load_golden_model(directory, golden, torch.bfloat16, pack.device), ids, positions)
+    own, _ = oracle.prefill(oracle.load_golden_model(directory, golden, torch.float32, pack.device), ids, positions)
+    got, figures = prefill(pack, "out", directory, ids, positions)
+    worst = max(worst_ratio(got, golden, low, oracle.norm_error), worst_ratio(got, golden, low, oracle.max_error))
+    checks.at_most(f"{directory.name}: norm and max, times bfloat16's", worst[0], 2.0, worst[1])
+    if figures["density"] != 1.0:
+        checks.equal(f"{directory.name}: density of dense", figures["density"], 1.0)
+    return max(oracle.max_error(own[name], golden[name]) for name in own)
+
+
+def check_real(pack, checks, directory, num_tokens):
+    name = directory.name
+    ids = token_ids(pack, directory, num_tokens)
+    positions = numpy.linspace(0, num_tokens - 1, NUM_POSITIONS).astype(int).tolist()
+    want, _ = oracle.prefill(oracle.load_model(directory, torch.float32, pack.device), ids, positions)
+    low, _ = oracle.prefill(oracle.load_model(directory, torch.bfloat16, pack.device), ids, positions)
+    oracle.free()
+    got, figures = prefill(pack, "out", directory, ids, positions)
+    checks.equal(f"{name}: density of dense", figures["density"], 1.0)
+    for what, measure in (("norm", oracle.norm_error), ("max", oracle.max_error)):
+        checks.at_most(f"{name}: logits, {what}", measure(got["logits"], want["logits"]),
+                       2 * measure(low["logits"], want["logits"]))
+        worst = worst_ratio(got, want, low, measure)
+        checks.at_most(f"{name}: {len(want)} tensors, {what}, times bfloat16's", worst[0], 2.0, worst[1])
+
+
+def worst_ratio(got, want, low, measure):
+    """(error over that of `low`, name) of the tensor that comes closest to its bound, or goes furthest beyond."""
+    return max((measure(got[name], want[name]) / max(measure(low[name], want[name]), 1e-300), name) for name in low)
+
+
+def token_ids(pack, directory, num_tokens):
+    """Filler text for needle-20m, whose ids they are; elsewhere a fixed random prompt of the vocabulary."""
+    if directory.name == "needle-20m":
+        return numpy.fromfile(pack.path("eval", "filler.u16"), dtype="<u2")[:num_tokens].astype(numpy.int32)
+    vocab_size = json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return numpy.random.default_rng(1).integers(0, vocab_size, num_tokens).astype(numpy.int32)
+
+
+def prefill(pack, out, directory, ids, positions, attention="dense", ranks=None, mesh=None):
+    """Our dense prefill: the tensors by the names of oracle.prefill, and the figures."""
+    import longfill  # from the pack
+
+    folder = pack.work / out
+    tokens = pack.work / f"{out}.i32"
+    numpy.asarray(ids, dtype="<i4").tofile(tokens)
+    arguments = ["prefill", "--model", directory, "--tokens", tokens, "--out", folder, "--device", pack.device, "--attention",
+                 attention, "--kv-dtype", "bfloat16", "--logits", ",".join(map(str, positions)), "--json", "--overwrite"]
+    if mesh:
+        arguments += ["--mesh", mesh]
+    figures = json.loads(pack.run("longfill", *arguments, ranks=ranks).stdout)
+    prefilled = longfill.load_manifest(folder)
+    result = {"logits": prefilled.logits}
+    for layer, (key, value) in enumerate(prefilled.to_numpy()):
+        result[f"layer.{layer}.key"] = key
+        result[f"layer.{layer}.value"] = value
+    return result, figures

@@ -1,0 +1,128 @@
+"""Needle prompts up to a million tokens: what dense passes, every sparse budget passes, and its KL to dense is small.
+
+The second answer token is teacher-forced: the first one is appended to the prompt, so that its last two positions predict
+both. KL(dense || sparse) is over these two positions; its bound is the larger of 1.5 times the published kernels' figure
+(shared eval/README.md) and twice the KL between two dense bfloat16 kernels, ours and torch's, on the same prompts.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy
+import oracle
+import torch
+from section_goldens import REAL_MODELS
+
+MODEL = REAL_MODELS[0]
+# Length -> (prompts, of which dense attention passed).
+PUBLISHED = {8192: (40, 40), 32768: (40, 40), 131072: (20, 20), 524288: (4, 4), 1048576: (3, 2)}
+PUBLISHED_KL = {
+    (8192, "1000/6096"): 0.0, (8192, "3500/100"): 0.0,
+    (32768, "1000/6096"): 0.0002, (32768, "3500/100"): 0.0006, (32768, "500/700"): 0.0007,
+    (131072, "1000/6096"): 0.0018, (131072, "3500/100"): 0.0033, (131072, "500/700"): 0.0031,
+    (524288, "1000/6096"): 0.0013, (524288, "3500/100"): 0.0028,
+    (1048576, "1000/6096"): 0.0091, (1048576, "3500/100"): 0.0584,
+}
+ROUNDING = 0.00005  # half of the last digit of these figures
+DEFAULT_PROMPTS = "32768=40,131072=20,524288=4,1048576=3"
+SMALL_PROMPTS = "2048=2,8192=1"
+TWO_DENSE = "32768,131072"
+
+
+def run(pack, checks, arguments):
+    pack.use_python_packages()
+    config = json.loads((pack.path("models", MODEL) / "config.json").read_text(encoding="utf-8"))
+    lengths = arguments.needle or (SMALL_PROMPTS if arguments.small else DEFAULT_PROMPTS)
+    two_dense = arguments.two_dense if arguments.two_dense is not None else ("2048" if arguments.small else TWO_DENSE)
+    for text in lengths.split(","):
+        num_tokens, _, count = text.partition("=")
+        prompts = make_prompts(pack, int(num_tokens), int(count), config["max_position_embeddings"])
+        check_length(pack, checks, int(num_tokens), prompts, arguments.budgets.split(","), num_tokens in two_dense.split(","))
+        shutil.rmtree(pack.work / f"needle-{num_tokens}")
+
+
+def make_prompts(pack, num_tokens, count, max_positions):
+    """[(file, ids, answer)]: `count` of the published prompts, evenly over the depths."""
+    out = pack.work / f"needle-{num_tokens}"
+    total = max(count, PUBLISHED.get(num_tokens, (count,))[0])
+    subprocess.run([sys.executable, str(pack.path("eval", "needle.py")), "--tokens", str(num_tokens), "--count", str(total),
+                    "--seed", "1", "--out", str(out)], check=True)
+    answers = json.loads((out / "answers.json").read_text(encoding="utf-8"))
+    prompts = []
+    for i in range(count):
+        answer = answers[(2 * i + 1) * total // (2 * count)]
+        ids = numpy.append(numpy.fromfile(out / answer["file"], dtype="<i4"), answer["answer"][0])
+        # At the model's last position there is no room for one more: the first token of the filler makes it.
+        ids = ids[max(0, len(ids) - max_positions):].astype("<i4")
+        path = out / f"extended_{i:03d}.i32"
+        ids.tofile(path)
+        prompts.append((path, ids, answer["answer"]))
+    return prompts
+
+
+def check_length(pack, checks, num_tokens, prompts, budgets, two_dense):
+    name = f"{num_tokens} tokens"
+    answers = [answer for _, _, answer in prompts]
+    dense, seconds = prefill(pack, prompts, "dense")
+    passed = passes(dense, answers)
+    count, published = PUBLISHED.get(num_tokens, (None, None))
+    checks.info(f"{name}, dense: seconds a prompt", seconds, f"{sum(passed)} of {len(prompts)} passed")
+    if count == len(prompts):
+        checks.at_least(f"{name}, dense: passed, of {count}", sum(passed), published, "published kernels")
+    noise = 0.0
+    if two_dense:
+        noise = float(numpy.mean([oracle.divergence(a, b) for a, b in zip(torch_dense(pack, prompts), dense)]))
+        checks.info(f"{name}, dense: KL(torch's || ours)", noise)
+    for budget in budgets:
+        sparse, seconds = prefill(pack, prompts, "vertical-slash:" + budget.replace("/", ","))
+        kept = passes(sparse, answers)
+        lost = sum(d and not s for d, s in zip(passed, kept))
+        checks.equal(f"{name}, {budget}: prompts that dense alone passes", lost, 0,
+                     f"{sum(kept)} of {len(prompts)} passed, {seconds:.2f} s a prompt")
+        divergence = float(numpy.mean([oracle.divergence(d, s) for d, s in zip(dense, sparse)]))
+        if (num_tokens, budget) in PUBLISHED_KL:
+            bound = max(1.5 * (PUBLISHED_KL[num_tokens, budget] + ROUNDING), 2 * noise)
+            checks.at_most(f"{name}, {budget}: KL", divergence, bound)
+        else:
+            checks.info(f"{name}, {budget}: KL", divergence, "there is no published figure")
+
+
+def prefill(pack, prompts, attention):
+    """([2, vocab] of every prompt, seconds a prompt); one process computes them all."""
+    out = pack.work / "needle-out"
+    last = len(prompts[0][1]) - 1
+    arguments = ["prefill", "--model", pack.path("models", MODEL), "--out", out, "--device", pack.device, "--attention",
+                 attention, "--kv", "discard", "--logits", f"{last - 1},{last}", "--json"]
+    for path, _, _ in prompts:
+        arguments += ["--tokens", path]
+    figures = json.loads(pack.run("longfill", *arguments).stdout)
+    runs = figures.get("prompts", [figures])
+    folders = [out] if len(prompts) == 1 else [out / f"{i:03d}" for i in range(len(prompts))]
+    logits = [read_logits(folder) for folder in folders]
+    shutil.rmtree(out)
+    return logits, float(numpy.mean([f["seconds"] for f in runs]))
+
+
+def read_logits(folder):
+    from longfill import safetensors_io  # from the pack
+
+    return numpy.array(safetensors_io.read(folder / "logits.safetensors")["logits"][1])
+
+
+def passes(logits, answers):
+    return [two.argmax(axis=-1).tolist() == answer for two, answer in zip(logits, answers)]
+
+
+def torch_dense(pack, prompts):
+    """What torch's dense attention gives for the same prompts, in bfloat16."""
+    attention = "sdpa" if hasattr(torch.nn.functional, "scaled_dot_product_attention") else "eager"
+    model = oracle.load_model(pack.path("models", MODEL), torch.bfloat16, pack.device, attention)
+    logits = []
+    for _, ids, _ in prompts:
+        result, _ = oracle.prefill(model, ids, [len(ids) - 2, len(ids) - 1], keep_kv=False)
+        logits.append(result["logits"])
+    del model
+    oracle.free()
+    return logits
