@@ -34,6 +34,7 @@ void Convert(const void* from, DType from_dtype, int64_t count, DType to_dtype, 
 
 void ConvertHeadRows(HeadsView<const void> from, DType from_dtype, int64_t head, int64_t num_rows,
                      int64_t head_dim, DType to_dtype, void* to) {
+  if (num_rows == 0) return;  // `to` may be nullptr
   const void* source = Advance(from.data, head * from.head_stride, from_dtype);
   if (from.row_stride == head_dim) {
     Convert(source, from_dtype, num_rows * head_dim, to_dtype, to);

@@ -1,6 +1,7 @@
 """What a section of verify.py reports: one line for every check, and the same as JSON."""
 
 import json
+import threading
 import time
 
 
@@ -11,13 +12,14 @@ def _show(value):
 
 
 class Checks:
-    """The checks of one section. A line is written the moment its check is known, so that a section that is cut off has
-    reported all it knew."""
+    """The checks of one section; any thread may add some. A line is written the moment its check is known, so that a section
+    that is cut off has reported all it knew."""
 
     def __init__(self, section, path):
         self._section = section
         self._file = open(path, "a", encoding="utf-8")  # pylint: disable=consider-using-with
         self._begin = time.monotonic()
+        self._lock = threading.Lock()
 
     def at_most(self, name, value, bound, note=""):
         self._add(name, value, bound, "<=", value <= bound, note)
@@ -43,8 +45,9 @@ class Checks:
         figure = "" if value is None else _show(value)
         limit = "" if bound is None else f"{relation} {_show(bound)}"
         line = f"{outcome:7s} {self._section:9s} {name:66s} {figure:>11s} {limit:14s} {note}"
-        print(line.rstrip(), flush=True)
         record = {"section": self._section, "check": name, "outcome": outcome, "value": value, "relation": relation,
                   "bound": bound, "note": note, "seconds": round(time.monotonic() - self._begin, 2)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._lock:
+            print(line.rstrip(), flush=True)
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()

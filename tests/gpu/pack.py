@@ -49,10 +49,11 @@ class Pack:
         launch = [] if ranks is None else ["mpirun", "-np", str(ranks), "--oversubscribe"]
         return [*launch, str(self.path("programs", "run")), program, *map(str, arguments)]
 
-    def run(self, program, *arguments, ranks=None, check=True):
-        """Runs a program to its end; its standard output. ProgramError unless it succeeded, or check is False."""
+    def run(self, program, *arguments, ranks=None, check=True, environment=None):
+        """Runs a program to its end; its standard output. ProgramError unless it succeeded, or check is False. `environment`:
+        variables beside environment()'s."""
         result = subprocess.run(self.command(program, *arguments, ranks=ranks), capture_output=True, text=True, check=False,
-                                env=self.environment())
+                                env=self.environment() | (environment or {}))
         if check and result.returncode != 0:
             raise ProgramError(f"{program} {arguments[0]}: exit code {result.returncode}: {last_lines(result.stderr)}")
         return result

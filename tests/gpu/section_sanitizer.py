@@ -1,5 +1,6 @@
 """compute-sanitizer over the contract suite: memcheck on its small tests, racecheck on fewer; one run for each test suite."""
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ BACKEND = "cuda_bfloat16"
 LARGE = "*Large*:*MoreThan*:*Long*:*Million*:*Beyond*"
 # racecheck looks at shared memory alone, which the tests of these use.
 RACECHECK_SUITES = ("Attention", "LastQuery", "Selection", "Index", "Elementwise")
-SUITE_SECONDS = 90
+SUITE_SECONDS = 150
+CONCURRENT = 8  # processes that share the GPU
 
 
 def run(pack, checks, arguments):
@@ -25,9 +27,9 @@ def run(pack, checks, arguments):
     memcheck = [arguments.memcheck_filter] if arguments.memcheck_filter else [f"{s}.*/{BACKEND}-{LARGE}" for s in suites]
     racecheck = [arguments.racecheck_filter] if arguments.racecheck_filter else [
         f"{s}.*/{BACKEND}-{LARGE}" for s in suites if any(word in s for word in RACECHECK_SUITES)]
-    for name, filters in (("memcheck", memcheck), ("racecheck", racecheck)):
-        for test_filter in filters:
-            sanitize(pack, checks, tool, name, test_filter)
+    runs = [("memcheck", test_filter) for test_filter in memcheck] + [("racecheck", test_filter) for test_filter in racecheck]
+    with concurrent.futures.ThreadPoolExecutor(CONCURRENT) as pool:
+        list(pool.map(lambda run: sanitize(pack, checks, tool, *run), runs))
 
 
 def test_suites(pack):
@@ -43,7 +45,7 @@ def sanitize(pack, checks, tool, name, test_filter):
     options = ["--report-api-errors", "no"] if name == "memcheck" else []
     command = [tool, "--tool", name, *options, "--target-processes", "all", "--print-limit", "20",
                *pack.command(CONTRACT, f"--gtest_filter={test_filter}")]
-    log = pack.work / f"{name}.log"
+    log = pack.work / f"{name}-{test_filter.split('.')[0].replace('/', '-')}.log"
     with open(log, "w", encoding="utf-8") as out:
         code = run_with_limit(command, out, pack.environment())
     text = log.read_text(encoding="utf-8", errors="replace")
