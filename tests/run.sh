@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds longfill and runs every test that this machine can run; ends with ctest's summary. Usage:
-#   tests/run.sh            format, clang-tidy, tests of the preset cpu, build of the preset cuda and its kernel contract tests
+#   tests/run.sh            format, clang-tidy, tests of the preset cpu, build of the CUDA backend and its kernel contract tests
 #                           (needs nvcc; without a GPU its GPU tests skip), ASan+UBSan over unit, contract and multi-rank
 #                           tests, TSan over all tests without gRPC and MPI
 #   tests/run.sh --quick    the preset cpu alone
 #   tests/run.sh --long     also the tests with the label long, which take an hour
 # Environment: LONGFILL_SHARED_DIR, the folder with needle-20m and recorded data (default: `shared` beside the checkout);
-# LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 600).
+# LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 400).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,12 +27,14 @@ export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 configure_options=()
 [[ -n ${LONGFILL_SHARED_DIR:-} ]] && configure_options+=("-DLONGFILL_SHARED_DIR=$LONGFILL_SHARED_DIR")
 
-build() {  # PRESET
-  step "build $1"
-  local log=build/configure-$1.log
+build() {  # PRESET [TARGET...]
+  local preset=$1
+  shift
+  step "build $preset${*:+: $*}"
+  local log=build/configure-$preset.log
   mkdir -p build
-  cmake --preset "$1" "${configure_options[@]}" >"$log" 2>&1 || { cat "$log"; return 1; }
-  cmake --build --preset "$1" -- --quiet
+  cmake --preset "$preset" "${configure_options[@]}" >"$log" 2>&1 || { cat "$log"; return 1; }
+  cmake --build --preset "$preset" ${*:+--target "$@"} -- --quiet
 }
 
 step "setup"
@@ -47,7 +49,7 @@ fi
 build cpu
 if ! $quick; then
   step "clang-tidy"
-  .venv/bin/python tests/tidy.py --build build/cpu --seconds "${LONGFILL_TIDY_SECONDS:-600}"
+  .venv/bin/python tests/tidy.py --build build/cpu --seconds "${LONGFILL_TIDY_SECONDS:-400}"
 fi
 step "tests of the preset cpu"
 ctest --preset cpu
@@ -58,10 +60,10 @@ fi
 $quick && exit
 
 if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
-  build cuda
+  build cuda kernel_contract_test cuda_unit_test  # with the whole backend; the rest is compiled as for the preset cpu
   step "clang-tidy of the CUDA backend"
   find kernels/cuda tests/unit/cuda -name '*.cc' ! -name cuda_absent.cc -print0 |
-    xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-600}"
+    xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-400}"
   step "kernel contract tests of the preset cuda"
   ctest --preset cuda -L contract
 else
