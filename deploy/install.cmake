@@ -6,7 +6,7 @@ include(GNUInstallDirs)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/longfill)
 set(installed_libraries)
-foreach(library base sparse cpu cuda parallel parallel_mpi json_input pattern_file models kv engine proto convert client)
+foreach(library base sparse cpu cuda parallel parallel_mpi parallel_nccl json_input pattern_file models search kv engine proto convert client)
   if(TARGET longfill_${library})
     list(APPEND installed_libraries longfill_${library})
     set_target_properties(longfill_${library} PROPERTIES EXPORT_NAME ${library})

@@ -1,5 +1,6 @@
 #include "models/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -41,6 +42,9 @@ class KeyReader {
     const auto found = object_.find(std::string(Spelled(key)));
     return found == object_.end() || found->is_null() ? nullptr : &*found;
   }
+
+  // Neither a value nor null.
+  bool Absent(std::string_view key) const { return !object_.contains(std::string(Spelled(key))); }
 
   template <typename... Parts>
   absl::Status Invalid(std::string_view key, const Parts&... parts) const {
@@ -127,8 +131,8 @@ absl::StatusOr<std::string> ReadArchitecture(const KeyReader& keys) {
 
 // Features that change the result and that no family here has.
 absl::Status RefuseFeatures(const KeyReader& keys) {
-  for (const char* key : {"quantization_config", "attn_logit_softcapping", "final_logit_softcapping",
-                          "dual_chunk_attention_config", "compression_config"}) {
+  for (const char* key :
+       {"quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "compression_config"}) {
     if (const Json* value = keys.Find(key)) return keys.Unsupported(key, "is not supported: ", Show(*value));
   }
   for (const char* key : {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}) {
@@ -137,21 +141,103 @@ absl::Status RefuseFeatures(const KeyReader& keys) {
       return keys.Unsupported(key, "is ", Show(*value), ": mixture-of-experts models are not supported");
     }
   }
-  LF_ASSIGN_OR_RETURN(const bool use_sliding_window, keys.Bool("use_sliding_window", true));
-  const Json* window = keys.Find("sliding_window");
-  if (window != nullptr && use_sliding_window) {
-    return keys.Unsupported("sliding_window", "is ", Show(*window),
-                            ": sliding-window attention is not supported");
-  }
-  if (const Json* layer_types = keys.Find("layer_types")) {
-    if (!layer_types->is_array())
-      return keys.Invalid("layer_types", "is ", Show(*layer_types), ", must be a list");
-    for (const Json& type : *layer_types) {
-      if (type != "full_attention") {
-        return keys.Unsupported("layer_types", "holds ", Show(type), ", only full_attention is supported");
-      }
+  return absl::OkStatus();
+}
+
+// Values under which a family would be another model than the one that its table entry describes.
+absl::Status CheckFixedKeys(const KeyReader& keys, const Family& family) {
+  for (const FixedKey& fixed : family.fixed_keys) {
+    LF_ASSIGN_OR_RETURN(const bool value, keys.Bool(fixed.key, fixed.absent));
+    if (value != fixed.value) {
+      return keys.Unsupported(fixed.key, "is ", value ? "true" : "false", ", which is not supported for ",
+                              std::string(family.name));
     }
   }
+  return absl::OkStatus();
+}
+
+// [num_layers] which layers have a window, by layer_types; empty where that key is absent.
+absl::StatusOr<std::vector<bool>> ReadLayerTypes(const KeyReader& keys, WindowRule rule, int64_t num_layers) {
+  const Json* types = keys.Find("layer_types");
+  if (types == nullptr) return std::vector<bool>();
+  if (!types->is_array() || static_cast<int64_t>(types->size()) != num_layers) {
+    return keys.Invalid("layer_types", "is ", Show(*types), ", must be a list of ", num_layers);
+  }
+  std::vector<bool> windowed;
+  for (const Json& type : *types) {
+    const bool window = type == "sliding_attention" && rule == WindowRule::kUpperLayers;
+    if (!window && type != "full_attention") {
+      return keys.Unsupported("layer_types", "holds ", Show(type), ", supported: full_attention",
+                              rule == WindowRule::kUpperLayers ? ", sliding_attention" : "");
+    }
+    windowed.push_back(window);
+  }
+  return windowed;
+}
+
+// Where each layer has a window, as the family says; empty for none.
+absl::StatusOr<std::vector<int64_t>> ReadWindows(const KeyReader& keys, const Family& family,
+                                                 int64_t num_layers) {
+  const WindowRule rule = family.window_rule;
+  LF_ASSIGN_OR_RETURN(std::vector<bool> windowed, ReadLayerTypes(keys, rule, num_layers));
+  const Json* value = keys.Find("sliding_window");
+  LF_ASSIGN_OR_RETURN(const bool use, keys.Bool("use_sliding_window", rule != WindowRule::kUpperLayers));
+  const bool absent = keys.Absent("sliding_window") && family.default_sliding_window.has_value();
+  const bool has_window = (value != nullptr || absent) && (use || rule == WindowRule::kAllLayers);
+  if (rule == WindowRule::kNone && has_window) {
+    return keys.Unsupported("sliding_window", "is ", Show(*value), ": the family ", std::string(family.name),
+                            " has no sliding-window attention");
+  }
+  if (!has_window) {
+    if (std::find(windowed.begin(), windowed.end(), true) != windowed.end()) {
+      return keys.Invalid("layer_types", "holds \"sliding_attention\" without a sliding_window in use");
+    }
+    return std::vector<int64_t>();
+  }
+  LF_ASSIGN_OR_RETURN(const int64_t window,
+                      keys.Int("sliding_window", family.default_sliding_window, 1, kMaxPositions));
+  if (rule == WindowRule::kAllLayers) windowed.assign(static_cast<size_t>(num_layers), true);
+  if (windowed.empty()) {
+    LF_ASSIGN_OR_RETURN(const int64_t first, keys.Int("max_window_layers", family.default_max_window_layers,
+                                                      0, std::numeric_limits<int32_t>::max()));
+    for (int64_t layer = 0; layer < num_layers; ++layer) windowed.push_back(layer >= first);
+  }
+  std::vector<int64_t> windows;
+  windows.reserve(windowed.size());
+  for (const bool has : windowed) windows.push_back(has ? window : 0);
+  if (std::all_of(windows.begin(), windows.end(), [](int64_t w) { return w == 0; })) windows.clear();
+  return windows;
+}
+
+// Dual chunk attention as vLLM and SGLang read it; parallel/dual_chunk.h says what it is. Keys of their
+// sparse attention are of patterns, which come from elsewhere here. On top of `config`, whose rope and
+// windows are known.
+absl::Status ReadDualChunk(const KeyReader& keys, std::string_view source, const Family& family,
+                           ModelConfig& config) {
+  constexpr std::string_view kKey = "dual_chunk_attention_config";
+  const Json* object = keys.Find(kKey);
+  if (object == nullptr) return absl::OkStatus();
+  if (!family.dual_chunk_attention) {
+    return keys.Unsupported(kKey, "is not supported for ", std::string(family.name), ": ", Show(*object));
+  }
+  if (!object->is_object()) return keys.Invalid(kKey, "is ", Show(*object), ", must be an object");
+  if (config.rope.scaling != RopeScaling::kNone) {
+    return keys.Unsupported(kKey, "is not supported with rope scaling ",
+                            std::string(RopeScalingName(config.rope.scaling)));
+  }
+  if (!config.layer_windows.empty()) {
+    return keys.Unsupported(kKey, "is not supported with a sliding window in use");
+  }
+  const KeyReader inner(*object, source, "dual_chunk_attention_config.", nullptr);
+  DualChunk& chunk = config.rope.dual_chunk;
+  LF_ASSIGN_OR_RETURN(chunk.chunk_size, inner.Int("chunk_size", std::nullopt, 2, kMaxPositions));
+  LF_ASSIGN_OR_RETURN(chunk.local_size, inner.Int("local_size", std::nullopt, 1, chunk.chunk_size - 1));
+  if (chunk.chunk_len() % kTokenBlock != 0) {
+    return inner.Unsupported("chunk_size", "less local_size is ", chunk.chunk_len(),
+                             ", supported: multiples of ", kTokenBlock);
+  }
+  LF_ASSIGN_OR_RETURN(config.rope.dual_chunk_original_tokens,
+                      inner.Int("original_max_position_embeddings", 0, 1, kMaxPositions));
   return absl::OkStatus();
 }
 
@@ -193,12 +279,44 @@ absl::Status ReadYarn(const KeyReader& keys, int64_t max_position_embeddings, Ro
   return absl::OkStatus();
 }
 
-// One rope_scaling or rope_parameters object on top of `rope`, which holds theta and the rotary dimensions.
-absl::Status ReadRopeObject(const KeyReader& keys, int64_t max_position_embeddings, RopeConfig& rope) {
+absl::StatusOr<std::vector<double>> ReadFactors(const KeyReader& keys, std::string_view key) {
+  const Json* list = keys.Find(key);
+  if (list == nullptr) return keys.Invalid(key, "is missing");
+  std::vector<double> factors;
+  if (list->is_array()) {
+    for (const Json& factor : *list) {
+      if (factor.is_number()) factors.push_back(factor.get<double>());
+    }
+  }
+  if (factors.empty() || factors.size() != list->size()) {
+    return keys.Invalid(key, "is ", Show(*list), ", must be a list of numbers");
+  }
+  return factors;
+}
+
+absl::Status ReadLongRope(const KeyReader& keys, int64_t max_position_embeddings, RopeConfig& rope) {
+  LF_ASSIGN_OR_RETURN(
+      rope.original_max_position_embeddings,
+      keys.Int("original_max_position_embeddings", max_position_embeddings, 1, kMaxPositions));
+  LF_ASSIGN_OR_RETURN(rope.attention_factor, keys.OptionalNumber("attention_factor"));
+  LF_ASSIGN_OR_RETURN(rope.short_factor, ReadFactors(keys, "short_factor"));
+  LF_ASSIGN_OR_RETURN(rope.long_factor, ReadFactors(keys, "long_factor"));
+  return absl::OkStatus();
+}
+
+// One rope_scaling or rope_parameters object on top of `rope`, which holds theta, the rotary dimensions and
+// the original length if config.json has that at its top level, which then counts.
+absl::Status ReadRopeObject(const KeyReader& keys, const Family& family, int64_t max_position_embeddings,
+                            RopeConfig& rope) {
+  const int64_t given_original = std::exchange(rope.original_max_position_embeddings, 0);
   const char* kind_key = keys.Find("rope_type") != nullptr ? "rope_type" : "type";
-  LF_ASSIGN_OR_RETURN(const std::string kind, keys.String(kind_key, "default"));
+  LF_ASSIGN_OR_RETURN(std::string kind, keys.String(kind_key, "default"));
+  for (const auto& [alias, usual] : family.rope_type_aliases) {
+    if (kind == alias) kind = std::string(usual);
+  }
   LF_ASSIGN_OR_RETURN(rope.theta, keys.Number("rope_theta", rope.theta));
   if (kind == "default") return absl::OkStatus();
+  std::optional<double> default_factor;
   if (kind == "linear") {
     rope.scaling = RopeScaling::kLinear;
   } else if (kind == "llama3") {
@@ -207,11 +325,21 @@ absl::Status ReadRopeObject(const KeyReader& keys, int64_t max_position_embeddin
   } else if (kind == "yarn") {
     rope.scaling = RopeScaling::kYarn;
     LF_RETURN_IF_ERROR(ReadYarn(keys, max_position_embeddings, rope));
+  } else if (kind == "longrope") {
+    rope.scaling = RopeScaling::kLongRope;
+    LF_RETURN_IF_ERROR(ReadLongRope(keys, max_position_embeddings, rope));
   } else {
     return keys.Unsupported(kind_key, "is ", QuoteForMessage(kind),
-                            ", supported: default, linear, llama3, yarn");
+                            ", supported: default, linear, llama3, yarn, longrope");
   }
-  LF_ASSIGN_OR_RETURN(rope.factor, keys.Number("factor", std::nullopt));
+  if (rope.scaling != RopeScaling::kLinear && given_original > 0) {
+    rope.original_max_position_embeddings = given_original;
+  }
+  if (rope.scaling == RopeScaling::kLongRope) {
+    default_factor = static_cast<double>(max_position_embeddings) /
+                     static_cast<double>(rope.original_max_position_embeddings);
+  }
+  LF_ASSIGN_OR_RETURN(rope.factor, keys.Number("factor", default_factor));
   return absl::OkStatus();
 }
 
@@ -220,6 +348,10 @@ absl::StatusOr<RopeConfig> ReadRope(const KeyReader& keys, std::string_view sour
   RopeConfig base;
   base.form = family.rotary_form;
   LF_ASSIGN_OR_RETURN(base.theta, keys.Number("rope_theta", base.theta));
+  if (!family.theta_factor_key.empty()) {
+    LF_ASSIGN_OR_RETURN(const double factor, keys.Number(family.theta_factor_key, 1.0));
+    base.theta *= factor;
+  }
   LF_ASSIGN_OR_RETURN(double fraction, keys.Number("partial_rotary_factor", family.default_rotary_fraction));
 
   std::optional<RopeConfig> rope;
@@ -234,7 +366,10 @@ absl::StatusOr<RopeConfig> ReadRope(const KeyReader& keys, std::string_view sour
     }
     const KeyReader inner(*object, source, absl::StrCat(key, "."), nullptr);
     RopeConfig read = base;
-    LF_RETURN_IF_ERROR(ReadRopeObject(inner, config.max_position_embeddings, read));
+    LF_ASSIGN_OR_RETURN(read.original_max_position_embeddings,
+                        keys.Int("original_max_position_embeddings",
+                                 family.default_original_max_position_embeddings, 0, kMaxPositions));
+    LF_RETURN_IF_ERROR(ReadRopeObject(inner, family, config.max_position_embeddings, read));
     LF_ASSIGN_OR_RETURN(fraction, inner.Number("partial_rotary_factor", fraction));
     if (rope.has_value() && !(*rope == read)) {
       return keys.Invalid(key, "contradicts ", rope_key, ": ", Show(*object));
@@ -257,22 +392,36 @@ absl::StatusOr<RopeConfig> ReadRope(const KeyReader& keys, std::string_view sour
   return *rope;
 }
 
+// Published configs that ask for yarn often leave max_position_embeddings at the original length.
+int64_t YarnLength(const RopeConfig& rope) {
+  if (rope.scaling != RopeScaling::kYarn) return 0;
+  const double length = rope.factor * static_cast<double>(rope.original_max_position_embeddings);
+  return static_cast<int64_t>(std::min(length, static_cast<double>(kMaxPositions)));
+}
+
 absl::Status ReadShape(const KeyReader& keys, const Family& family, ModelConfig& config) {
   LF_ASSIGN_OR_RETURN(config.num_layers, keys.Int("num_hidden_layers", std::nullopt, 1, kMaxLayers));
   LF_ASSIGN_OR_RETURN(config.hidden_size, keys.Int("hidden_size", std::nullopt, 1, kMaxWidth));
   LF_ASSIGN_OR_RETURN(config.num_q_heads, keys.Int("num_attention_heads", std::nullopt, 1, kMaxHeads));
-  LF_ASSIGN_OR_RETURN(config.num_kv_heads,
-                      keys.Int("num_key_value_heads", config.num_q_heads, 1, config.num_q_heads));
+  const bool default_kv_heads = family.default_num_kv_heads > 0 && keys.Absent("num_key_value_heads");
+  LF_ASSIGN_OR_RETURN(
+      config.num_kv_heads,
+      keys.Int("num_key_value_heads", default_kv_heads ? family.default_num_kv_heads : config.num_q_heads, 1,
+               config.num_q_heads));
   if (config.num_q_heads % config.num_kv_heads != 0) {
     return keys.Invalid("num_key_value_heads", "is ", config.num_kv_heads,
                         ", must divide num_attention_heads ", config.num_q_heads);
   }
-  if (keys.Find("head_dim") == nullptr && config.hidden_size % config.num_q_heads != 0) {
+  if (family.default_head_dim == 0 && keys.Find("head_dim") == nullptr &&
+      config.hidden_size % config.num_q_heads != 0) {
     return keys.Invalid("head_dim", "is missing and hidden_size ", config.hidden_size,
                         " is no multiple of num_attention_heads ", config.num_q_heads);
   }
   LF_ASSIGN_OR_RETURN(config.head_dim,
-                      keys.Int("head_dim", config.hidden_size / config.num_q_heads, 2, kMaxHeadDim));
+                      keys.Int("head_dim",
+                               family.default_head_dim > 0 ? family.default_head_dim
+                                                           : config.hidden_size / config.num_q_heads,
+                               2, kMaxHeadDim));
   if (config.head_dim < 2 || config.head_dim % 2 != 0) {
     return keys.Invalid("head_dim", "is ", config.head_dim, ", must be even and positive");
   }
@@ -301,6 +450,8 @@ std::string_view RopeScalingName(RopeScaling scaling) {
       return "llama3";
     case RopeScaling::kYarn:
       return "yarn";
+    case RopeScaling::kLongRope:
+      return "longrope";
   }
   return "unknown";
 }
@@ -328,8 +479,11 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text, std::st
   ModelConfig config;
   config.architecture = architecture.empty() ? std::string(family->architectures.front()) : architecture;
   config.family = std::string(family->name);
+  LF_ASSIGN_OR_RETURN(config.name_or_path, keys.String("_name_or_path", ""));
   LF_RETURN_IF_ERROR(RefuseFeatures(keys));
+  LF_RETURN_IF_ERROR(CheckFixedKeys(keys, *family));
   LF_RETURN_IF_ERROR(ReadShape(keys, *family, config));
+  LF_ASSIGN_OR_RETURN(config.layer_windows, ReadWindows(keys, *family, config.num_layers));
   LF_ASSIGN_OR_RETURN(config.rms_norm_eps, keys.Number("rms_norm_eps", family->default_rms_norm_eps));
   if (!(config.rms_norm_eps > 0 && config.rms_norm_eps < 1)) {
     return keys.Invalid("rms_norm_eps", "is ", config.rms_norm_eps, ", must be above 0 and below 1");
@@ -340,11 +494,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text, std::st
   }
   LF_ASSIGN_OR_RETURN(config.tie_word_embeddings,
                       keys.Bool("tie_word_embeddings", family->default_tie_word_embeddings));
-  LF_ASSIGN_OR_RETURN(config.attention_bias, keys.Bool("attention_bias", false));
+  LF_ASSIGN_OR_RETURN(config.attention_bias, keys.Bool("attention_bias", family->default_attention_bias));
   LF_ASSIGN_OR_RETURN(config.mlp_bias, keys.Bool("mlp_bias", false));
   LF_ASSIGN_OR_RETURN(config.activation, ReadActivation(keys));
   LF_ASSIGN_OR_RETURN(config.dtype, ReadDType(keys));
   LF_ASSIGN_OR_RETURN(config.rope, ReadRope(keys, source, *family, config));
+  config.max_position_embeddings = std::max(config.max_position_embeddings, YarnLength(config.rope));
+  LF_RETURN_IF_ERROR(ReadDualChunk(keys, source, *family, config));
   return config;
 }
 

@@ -27,12 +27,10 @@ absl::StatusOr<std::unique_ptr<const ModelWeights>> UploadWeights(std::unique_pt
                                                                   Backend& backend);
 
 // A copy of host weights in backend.memory(), projections, embedding and biases rounded to `dtype`, complete
-// at return. Goes through two pieces of backend.host_memory() of kWeightStagingBytes each, given back at
-// return. InvalidArgument, naming the tensor: a finite weight is too large for `dtype`.
+// at return. Memory and errors of CopyWeights (weight_fill.h).
 absl::StatusOr<std::unique_ptr<const ModelWeights>> ConvertWeights(const ModelWeights& host,
                                                                    const ModelConfig& config, DType dtype,
                                                                    Backend& backend);
-inline constexpr int64_t kWeightStagingBytes = int64_t{32} << 20;
 
 // Weights of the config's shapes without a checkpoint, in the compute dtype, filled on the device from the
 // seed as transformers initialises them: matrices normal with standard deviation initializer_range, norms 1,

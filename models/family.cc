@@ -60,13 +60,158 @@ Family Qwen2Family() {
     if (rule.condition == WeightCondition::kAttentionBias) rule.condition = WeightCondition::kAlways;
   }
   family.default_max_position_embeddings = 32768;
+  family.default_num_kv_heads = 32;
+  family.window_rule = WindowRule::kUpperLayers;
+  family.default_sliding_window = 4096;
+  family.dual_chunk_attention = true;
+  return family;
+}
+
+void EraseBiases(Family& family) {
+  std::erase_if(family.tensors, [](const TensorRule& rule) { return rule.is_bias; });
+}
+
+// Mistral: Llama without biases, every layer with a sliding window.
+Family MistralFamily() {
+  Family family = LlamaFamily();
+  family.name = "mistral";
+  family.architectures = {"MistralForCausalLM"};
+  family.model_types = {"mistral"};
+  EraseBiases(family);
+  family.default_max_position_embeddings = 131072;
+  family.default_num_kv_heads = 8;
+  family.window_rule = WindowRule::kAllLayers;
+  family.default_sliding_window = 4096;
+  return family;
+}
+
+// Puts `fused` in place of the matrices that it holds.
+void Fuse(Family& family, TensorRule fused) {
+  std::erase_if(family.tensors, [&](const TensorRule& rule) {
+    return !rule.is_bias &&
+           std::find(fused.roles.begin(), fused.roles.end(), rule.roles.front()) != fused.roles.end();
+  });
+  family.tensors.push_back(std::move(fused));
+}
+
+constexpr std::string_view kFusedMlp = "model.layers.{layer}.mlp.gate_up_proj.weight";
+
+// Phi-3 (mini and medium, and Phi-4): fused projections, LongRoPE under three names, a window that usually is
+// longer than its prompts.
+Family Phi3Family() {
+  using Role = WeightRole;
+  Family family = LlamaFamily();
+  family.name = "phi3";
+  family.architectures = {"Phi3ForCausalLM"};
+  family.model_types = {"phi3"};
+  EraseBiases(family);
+  Fuse(family,
+       {"model.layers.{layer}.self_attn.qkv_proj.weight", {Role::kQProj, Role::kKProj, Role::kVProj}});
+  Fuse(family, {kFusedMlp, {Role::kGateProj, Role::kUpProj}});
+  family.partial_rotary = true;
+  family.default_rms_norm_eps = 1e-5;
+  family.default_max_position_embeddings = 4096;
+  family.window_rule = WindowRule::kAllLayers;
+  family.rope_type_aliases = {{"su", "longrope"}, {"yarn", "longrope"}};
+  family.default_original_max_position_embeddings = 4096;
+  return family;
+}
+
+// Qwen3, dense: Qwen2 with norms of each query and key head before the rotary embedding, and with biases
+// where the config says so.
+Family Qwen3Family() {
+  Family family = LlamaFamily();
+  family.name = "qwen3";
+  family.architectures = {"Qwen3ForCausalLM"};
+  family.model_types = {"qwen3"};
+  std::erase_if(family.tensors,
+                [](const TensorRule& rule) { return rule.condition == WeightCondition::kMlpBias; });
+  family.tensors.push_back({"model.layers.{layer}.self_attn.q_norm.weight", {WeightRole::kQNorm}});
+  family.tensors.push_back({"model.layers.{layer}.self_attn.k_norm.weight", {WeightRole::kKNorm}});
+  family.default_max_position_embeddings = 32768;
+  family.default_num_kv_heads = 32;
+  family.default_head_dim = 128;
+  family.window_rule = WindowRule::kUpperLayers;
+  family.default_sliding_window = 4096;
+  return family;
+}
+
+// GLM-4 (glm-4-9b) as transformers has it: the first half of each head is rotated, in interleaved pairs.
+Family GlmFamily() {
+  using Role = WeightRole;
+  Family family = LlamaFamily();
+  family.name = "glm";
+  family.architectures = {"GlmForCausalLM"};
+  family.model_types = {"glm"};
+  std::erase_if(family.tensors, [](const TensorRule& rule) {
+    return rule.condition == WeightCondition::kMlpBias ||
+           (rule.is_bias && rule.roles.front() == Role::kOProj);
+  });
+  Fuse(family, {kFusedMlp, {Role::kGateProj, Role::kUpProj}});
+  family.rotary_form = RotaryForm::kInterleaved;
+  family.partial_rotary = true;
+  family.default_rotary_fraction = 0.5;
+  family.default_rms_norm_eps = 1.5625e-07;
+  family.default_max_position_embeddings = 131072;
+  family.default_num_kv_heads = 2;
+  family.default_head_dim = 128;
+  family.default_attention_bias = true;
+  return family;
+}
+
+// The same models, and ChatGLM3, in the form of their own (remote) code. rope_ratio multiplies theta there;
+// ChatGLM2-6B-32K, whose code divides positions by it and whose config does not tell, is not this family.
+Family ChatGlmFamily() {
+  using Role = WeightRole;
+  using When = WeightCondition;
+  Family family;
+  family.name = "chatglm";
+  family.architectures = {"ChatGLMModel", "ChatGLMForConditionalGeneration"};
+  family.model_types = {"chatglm"};
+  family.tensors = {
+      {"transformer.embedding.word_embeddings.weight", {Role::kEmbedding}},
+      {"transformer.encoder.final_layernorm.weight", {Role::kFinalNorm}},
+      {"transformer.output_layer.weight", {Role::kLmHead}, false, When::kUntied},
+      {"transformer.encoder.layers.{layer}.input_layernorm.weight", {Role::kInputNorm}},
+      {"transformer.encoder.layers.{layer}.self_attention.query_key_value.weight",
+       {Role::kQProj, Role::kKProj, Role::kVProj}},
+      {"transformer.encoder.layers.{layer}.self_attention.query_key_value.bias",
+       {Role::kQProj, Role::kKProj, Role::kVProj},
+       true,
+       When::kAttentionBias},
+      {"transformer.encoder.layers.{layer}.self_attention.dense.weight", {Role::kOProj}},
+      {"transformer.encoder.layers.{layer}.post_attention_layernorm.weight", {Role::kPostAttentionNorm}},
+      {"transformer.encoder.layers.{layer}.mlp.dense_h_to_4h.weight", {Role::kGateProj, Role::kUpProj}},
+      {"transformer.encoder.layers.{layer}.mlp.dense_4h_to_h.weight", {Role::kDownProj}},
+  };
+  family.ignored_tensors = {"transformer.rotary_pos_emb.inv_freq"};
+  family.weight_prefixes = {"transformer."};
+  family.renamed_keys = {
+      {"num_hidden_layers", "num_layers"},   {"num_key_value_heads", "multi_query_group_num"},
+      {"head_dim", "kv_channels"},           {"intermediate_size", "ffn_hidden_size"},
+      {"vocab_size", "padded_vocab_size"},   {"max_position_embeddings", "seq_length"},
+      {"rms_norm_eps", "layernorm_epsilon"}, {"attention_bias", "add_qkv_bias"}};
+  family.fixed_keys = {{.key = "rmsnorm", .value = true, .absent = true},
+                       {.key = "post_layer_norm", .value = true, .absent = true},
+                       {.key = "apply_residual_connection_post_layernorm", .value = false, .absent = false},
+                       {.key = "add_bias_linear", .value = false, .absent = false},
+                       {.key = "multi_query_attention", .value = true, .absent = false},
+                       {.key = "original_rope", .value = true, .absent = true}};
+  family.rotary_form = RotaryForm::kInterleaved;
+  family.partial_rotary = true;
+  family.default_rotary_fraction = 0.5;
+  family.theta_factor_key = "rope_ratio";
+  family.default_rms_norm_eps = 1e-5;
+  family.default_num_kv_heads = 1;
+  family.default_head_dim = 128;
   return family;
 }
 
 }  // namespace
 
 const std::vector<Family>& Families() {
-  static const std::vector<Family> families = {LlamaFamily(), Qwen2Family()};
+  static const std::vector<Family> families = {LlamaFamily(), Qwen2Family(), MistralFamily(), Phi3Family(),
+                                               Qwen3Family(), GlmFamily(),   ChatGlmFamily()};
   return families;
 }
 

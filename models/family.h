@@ -2,6 +2,7 @@
 #define LONGFILL_MODELS_FAMILY_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -46,6 +47,22 @@ struct TensorRule {
   WeightCondition condition = WeightCondition::kAlways;
 };
 
+// Which layers see only a window of keys where config.json has a sliding_window.
+enum class WindowRule : uint8_t {
+  kNone,  // the family has no windows; a config that asks for one is refused
+  kAllLayers,
+  // Those of layer_types; without that key those from max_window_layers on. None of them unless
+  // use_sliding_window is true.
+  kUpperLayers,
+};
+
+// A key of config.json that would change the model if it had another value than the one supported.
+struct FixedKey {
+  std::string_view key;
+  bool value = false;
+  bool absent = false;  // what the family takes where the key is absent
+};
+
 // A model family as data. Adding one is adding an entry to the table in family.cc; see models/README.md.
 struct Family {
   std::string_view name;
@@ -62,7 +79,23 @@ struct Family {
   double default_rotary_fraction = 1.0;
   double default_rms_norm_eps = 1e-6;
   int64_t default_max_position_embeddings = 2048;
+  int64_t default_num_kv_heads = 0;  // 0: one for each query head
+  int64_t default_head_dim = 0;      // 0: hidden_size / num_attention_heads
+  bool default_attention_bias = false;
   bool default_tie_word_embeddings = false;
+  std::vector<FixedKey> fixed_keys;
+
+  WindowRule window_rule = WindowRule::kNone;
+  std::optional<int64_t> default_sliding_window;
+  int64_t default_max_window_layers = 28;  // kUpperLayers
+
+  bool dual_chunk_attention = false;  // dual_chunk_attention_config is meaningful
+
+  // RoPE: other names of kinds of scaling, {name, usual name}; the original length that stands in for an
+  // absent top-level key (0: none does); a key whose value multiplies theta (empty: none does).
+  std::vector<std::pair<std::string_view, std::string_view>> rope_type_aliases;
+  int64_t default_original_max_position_embeddings = 0;
+  std::string_view theta_factor_key;
 
   // Whether the architecture, or the model_type where that is empty, is one of these.
   bool Matches(std::string_view architecture, std::string_view model_type) const;

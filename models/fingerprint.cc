@@ -54,6 +54,10 @@ std::string ConfigText(const ModelConfig& config) {
   const auto optional = [&](std::optional<double> value) {
     return value.has_value() ? number(*value) : "none";
   };
+  const auto numbers = [](const std::vector<double>& values) {
+    return absl::StrJoin(values, ",",
+                         [](std::string* out, double value) { absl::StrAppendFormat(out, "%.17g", value); });
+  };
   const std::pair<const char*, std::string> lines[] = {
       {"architecture", config.architecture},
       {"num_layers", absl::StrCat(config.num_layers)},
@@ -82,9 +86,17 @@ std::string ConfigText(const ModelConfig& config) {
       {"rope_mscale", optional(rope.mscale)},
       {"rope_mscale_all_dim", optional(rope.mscale_all_dim)},
       {"rope_truncate", absl::StrCat(rope.truncate)},
+      {"rope_short_factor", numbers(rope.short_factor)},
+      {"rope_long_factor", numbers(rope.long_factor)},
+      {"layer_windows", absl::StrJoin(config.layer_windows, ",")},
   };
-  std::string text = "longfill-model-1\n";
+  std::string text = "longfill-model-2\n";
   for (const auto& [key, value] : lines) absl::StrAppend(&text, key, "=", value, "\n");
+  if (rope.dual_chunk.chunk_size > 0) {
+    absl::StrAppend(&text, "dual_chunk_size=", rope.dual_chunk.chunk_size,
+                    "\ndual_chunk_local_size=", rope.dual_chunk.local_size,
+                    "\ndual_chunk_original_tokens=", rope.dual_chunk_original_tokens, "\n");
+  }
   return text;
 }
 

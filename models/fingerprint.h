@@ -15,9 +15,10 @@ namespace longfill {
 inline constexpr int64_t kTokenHashPage = 128;
 
 // 64 hex digits that say which model made a KV cache: SHA-256 over, each preceded by its length,
-//  1. the text "longfill-model-1" and one "key=value" line for every field of the config that decides K and V
-//     (architecture, all widths and counts, rms_norm_eps, activation, biases, tying, every field of
-//     RopeConfig; not max_position_embeddings, dtype of config.json or anything of the tokenizer);
+//  1. the text "longfill-model-2" and one "key=value" line for every field of the config that decides K and V
+//     (architecture, all widths and counts, rms_norm_eps, activation, biases, tying, windows, every
+//     field of RopeConfig, those of dual chunks where it has them; not max_position_embeddings, dtype of
+//     config.json or anything of the tokenizer);
 //  2. every stored tensor in name order: name, dtype, shape and a content sample, which is its first 4096
 //  bytes, its
 //     last 4096 and 4096-byte samples at 14 even steps between (all bytes of a tensor of up to 65536);

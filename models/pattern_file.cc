@@ -1,8 +1,10 @@
 #include "models/pattern_file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cstdio>
+#include <initializer_list>
 #include <limits>
 #include <utility>
 
@@ -17,7 +19,10 @@ using Json = nlohmann::json;
 constexpr std::string_view kVerticalSlashType = "vertical_and_slash";
 constexpr std::string_view kAShapeType = "stream_llm";
 constexpr std::string_view kBlockSparseType = "block_sparse";
-constexpr JsonLimits kJsonLimits = {.max_depth = 3, .max_values = 2'000'000};
+constexpr std::string_view kOwnKey = "longfill";
+constexpr int64_t kOwnVersion = 1;
+constexpr JsonLimits kJsonLimits = {.max_depth = 12, .max_values = 2'000'000};
+constexpr double kMaxRecall = 1.001;  // what rounding may make of 1: the published files have up to 1.0003
 
 absl::Status Invalid(const std::string& what) { return absl::InvalidArgumentError(what); }
 
@@ -28,18 +33,19 @@ std::string Shown(const Json& value) {
   return value.dump();
 }
 
-// Only the form that a writer of numbers gives, so that "7" and "07" cannot both name head 7.
-absl::StatusOr<int64_t> ParseHead(const std::string& key, int64_t num_heads) {
-  int64_t head = -1;
-  const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), head);
-  if (error != std::errc() || end != key.data() + key.size() || absl::StrCat(head) != key) {
+// Of a "head" or "layer". Only the form that a writer of numbers gives, so that "7" and "07" cannot both name
+// head 7.
+absl::StatusOr<int64_t> ParseNumber(const std::string& key, const char* what, int64_t count) {
+  int64_t number = -1;
+  const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), number);
+  if (error != std::errc() || end != key.data() + key.size() || absl::StrCat(number) != key) {
     return Invalid(
-        absl::StrCat("head ", QuoteForMessage(key), " is not a head number in [0, ", num_heads, ")"));
+        absl::StrCat(what, " ", QuoteForMessage(key), " is not a ", what, " number in [0, ", count, ")"));
   }
-  if (head < 0 || head >= num_heads) {
-    return Invalid(absl::StrCat("head ", head, " is not in [0, ", num_heads, "), the model's query heads"));
+  if (number < 0 || number >= count) {
+    return Invalid(absl::StrCat(what, " ", number, " is not in [0, ", count, "), what the model has"));
   }
-  return head;
+  return number;
 }
 
 absl::StatusOr<int64_t> ParseSize(const Json& value, const char* name) {
@@ -49,6 +55,22 @@ absl::StatusOr<int64_t> ParseSize(const Json& value, const char* name) {
     return Invalid(absl::StrCat(name, " ", Shown(value), " is not an integer in [0, 2147483647]"));
   }
   return value.get<int64_t>();
+}
+
+absl::StatusOr<double> ParseNumber(const Json& value, const char* name) {
+  if (!value.is_number()) return Invalid(absl::StrCat(name, " ", Shown(value), " is not a number"));
+  return value.get<double>();
+}
+
+// The two numbers behind the type.
+absl::StatusOr<HeadPattern> ParsePattern(const std::string& type, const Json& first, const Json& second) {
+  LF_ASSIGN_OR_RETURN(const int64_t vertical, ParseSize(first, "vertical_size"));
+  LF_ASSIGN_OR_RETURN(const int64_t slash, ParseSize(second, "slash_size"));
+  if (type == kVerticalSlashType) return VerticalSlash{vertical, slash};
+  if (type == kAShapeType) return AShape{vertical, slash};
+  if (type == kBlockSparseType) return BlockSparse{kPublishedNumBlocks};
+  return Invalid(absl::StrCat("type ", QuoteForMessage(type),
+                              " is unknown, expected vertical_and_slash, stream_llm or block_sparse"));
 }
 
 struct Entry {
@@ -63,23 +85,11 @@ absl::StatusOr<Entry> ParseEntry(const Json& json) {
   }
   if (!json[0].is_string()) return Invalid(absl::StrCat("type ", Shown(json[0]), " is not a string"));
   const std::string& type = json[0].get_ref<const std::string&>();
-  LF_ASSIGN_OR_RETURN(const int64_t vertical, ParseSize(json[1], "vertical_size"));
-  LF_ASSIGN_OR_RETURN(const int64_t slash, ParseSize(json[2], "slash_size"));
   Entry entry;
-  if (type == kVerticalSlashType) {
-    entry.pattern = VerticalSlash{vertical, slash};
-  } else if (type == kAShapeType) {
-    entry.pattern = AShape{vertical, slash};
-  } else if (type == kBlockSparseType) {
-    entry.pattern = BlockSparse{kPublishedNumBlocks};
-  } else {
-    return Invalid(absl::StrCat("type ", QuoteForMessage(type),
-                                " is unknown, expected vertical_and_slash, stream_llm or block_sparse"));
-  }
+  LF_ASSIGN_OR_RETURN(entry.pattern, ParsePattern(type, json[1], json[2]));
   LF_RETURN_IF_ERROR(Validate(entry.pattern));
   if (!json[3].is_null()) {
-    if (!json[3].is_number()) return Invalid(absl::StrCat("score ", Shown(json[3]), " is not a number"));
-    entry.score = json[3].get<double>();
+    LF_ASSIGN_OR_RETURN(entry.score, ParseNumber(json[3], "score"));
   }
   return entry;
 }
@@ -89,11 +99,123 @@ absl::Status ParseLayer(const Json& json, int64_t layer, PatternSet* patterns) {
     return Invalid(absl::StrCat("is ", Shown(json), ", expected an object from head numbers to patterns"));
   }
   for (const auto& [key, value] : json.items()) {
-    LF_ASSIGN_OR_RETURN(const int64_t head, ParseHead(key, patterns->num_heads()));
+    LF_ASSIGN_OR_RETURN(const int64_t head, ParseNumber(key, "head", patterns->num_heads()));
     absl::StatusOr<Entry> entry = ParseEntry(value);
     if (!entry.ok()) return Annotate(entry.status(), absl::StrCat("head ", head));
     patterns->Set(layer, head, entry->pattern, entry->score);
   }
+  return absl::OkStatus();
+}
+
+bool IsSha256(std::string_view text) {
+  return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+}
+
+// The object under `key`, whose keys are exactly `keys`.
+absl::StatusOr<const Json*> ObjectAt(const Json& parent, const char* key,
+                                     std::initializer_list<const char*> keys) {
+  const auto found = parent.find(key);
+  if (found == parent.end()) return Invalid(absl::StrCat("has no ", key));
+  if (!found->is_object()) return Invalid(absl::StrCat(key, " is ", Shown(*found), ", expected an object"));
+  for (const char* name : keys) {
+    if (!found->contains(name)) return Invalid(absl::StrCat(key, " has no ", name));
+  }
+  for (const auto& [name, value] : found->items()) {
+    if (std::find(keys.begin(), keys.end(), name) == keys.end()) {
+      return Invalid(absl::StrCat(key, " has an unknown key ", QuoteForMessage(name)));
+    }
+  }
+  return &*found;
+}
+
+absl::StatusOr<std::string> StringAt(const Json& object, const char* key, bool is_hash) {
+  const Json& value = object.at(key);
+  if (!value.is_string() || (is_hash && !IsSha256(value.get_ref<const std::string&>()))) {
+    return Invalid(absl::StrCat(key, " is ", Shown(value), ", expected ",
+                                is_hash ? "64 lower-case hex digits" : "a string"));
+  }
+  return value.get<std::string>();
+}
+
+// The pattern itself where the published form has words for it, else what it says instead.
+HeadPattern StandIn(const HeadPattern& pattern) {
+  if (std::holds_alternative<AShape>(pattern) || std::holds_alternative<VerticalSlash>(pattern))
+    return pattern;
+  if (std::holds_alternative<BlockSparse>(pattern)) return BlockSparse{kPublishedNumBlocks};
+  return kUnlistedHeadPattern;
+}
+
+absl::Status ParseExact(const Json& json, PatternSet* patterns) {
+  for (const auto& [layer_key, heads] : json.items()) {
+    const absl::StatusOr<int64_t> layer = ParseNumber(layer_key, "layer", patterns->num_layers());
+    if (!layer.ok()) return Annotate(layer.status(), "exact");
+    const std::string where = absl::StrCat("exact: layer ", *layer);
+    if (!heads.is_object()) return Invalid(absl::StrCat(where, " is ", Shown(heads), ", expected an object"));
+    for (const auto& [head_key, text] : heads.items()) {
+      const absl::StatusOr<int64_t> number = ParseNumber(head_key, "head", patterns->num_heads());
+      if (!number.ok()) return Annotate(number.status(), where);
+      const int64_t head = *number;
+      const std::string head_where = absl::StrCat(where, ": head ", head);
+      if (!text.is_string())
+        return Invalid(absl::StrCat(head_where, " is ", Shown(text), ", expected a string"));
+      const absl::StatusOr<HeadPattern> pattern = ParseHeadPattern(text.get_ref<const std::string&>());
+      if (!pattern.ok()) return Annotate(pattern.status(), head_where);
+      const HeadPattern listed = patterns->at(*layer, head);
+      if (StandIn(*pattern) == *pattern || listed != StandIn(*pattern)) {
+        return Invalid(absl::StrCat(head_where, " is ", ToString(*pattern),
+                                    ", for which the list cannot say ", ToString(listed)));
+      }
+      patterns->Set(*layer, head, *pattern, patterns->score(*layer, head));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckRecalls(const PatternSet& patterns) {
+  for (int64_t layer = 0; layer < patterns.num_layers(); ++layer) {
+    for (int64_t head = 0; head < patterns.num_heads(); ++head) {
+      const double score = patterns.score(layer, head).value_or(0.0);
+      if (!(score >= 0.0 && score <= kMaxRecall)) {
+        return Invalid(
+            absl::StrCat("layer ", layer, ": head ", head, ": score ", score, " is no recall in [0, 1]"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+// The object behind the layers of our own form, onto the patterns of the layers.
+absl::Status ParseOwn(const Json& json, PatternSet* patterns) {
+  const auto own = json.find(std::string(kOwnKey));
+  if (json.size() != 1 || own == json.end() || !own->is_object()) {
+    return Invalid(absl::StrCat("expected an object with the one key ", std::string(kOwnKey)));
+  }
+  const auto version = own->find("version");
+  if (version == own->end() || !version->is_number_integer()) return Invalid("has no whole number version");
+  if (*version != kOwnVersion) {
+    return absl::UnimplementedError(
+        absl::StrCat("has version ", version->dump(), ", this program reads ", kOwnVersion));
+  }
+  LF_RETURN_IF_ERROR(
+      ObjectAt(json, kOwnKey.data(), {"version", "model", "calibration", "search", "score", "exact"})
+          .status());
+  LF_ASSIGN_OR_RETURN(const Json* model, ObjectAt(*own, "model", {"name", "fingerprint"}));
+  LF_ASSIGN_OR_RETURN(const Json* calibration, ObjectAt(*own, "calibration", {"sha256"}));
+  PatternProvenance provenance;
+  LF_ASSIGN_OR_RETURN(provenance.model_name, StringAt(*model, "name", /*is_hash=*/false));
+  LF_ASSIGN_OR_RETURN(provenance.model_fingerprint, StringAt(*model, "fingerprint", /*is_hash=*/true));
+  LF_ASSIGN_OR_RETURN(provenance.calibration_sha256, StringAt(*calibration, "sha256", /*is_hash=*/true));
+  const Json& search = own->at("search");
+  if (!search.is_object()) return Invalid(absl::StrCat("search is ", Shown(search), ", expected an object"));
+  provenance.search_json = search.dump();
+  if (own->at("score") != "recall") {
+    return Invalid(absl::StrCat("score is ", Shown(own->at("score")), ", expected 'recall'"));
+  }
+  const Json& exact = own->at("exact");
+  if (!exact.is_object()) return Invalid(absl::StrCat("exact is ", Shown(exact), ", expected an object"));
+  LF_RETURN_IF_ERROR(ParseExact(exact, patterns));
+  LF_RETURN_IF_ERROR(CheckRecalls(*patterns));
+  patterns->set_provenance(std::move(provenance));
   return absl::OkStatus();
 }
 
@@ -107,7 +229,7 @@ absl::StatusOr<Json> FormatHead(const HeadPattern& pattern, std::optional<double
              blocks != nullptr && blocks->num_blocks == kPublishedNumBlocks) {
     json = {kBlockSparseType, kPublishedNumBlocks, 1};
   } else {
-    return Invalid(absl::StrCat("the published form has no ", ToString(pattern)));
+    return Invalid(absl::StrCat("the form has no ", ToString(pattern)));
   }
   json.push_back(score ? Json(*score) : Json(nullptr));
   return json;
@@ -138,14 +260,18 @@ absl::StatusOr<PatternSet> ParsePatterns(std::string_view text, std::string_view
     return Invalid(
         absl::StrCat(name, ": is ", Shown(json), ", expected a list with one object for each layer"));
   }
-  if (static_cast<int64_t>(json.size()) != num_layers) {
-    return Invalid(absl::StrCat(name, ": has patterns for ", json.size(), " layers, expected ", num_layers));
+  const bool own = !json.empty() && json.back().is_object() && json.back().contains(std::string(kOwnKey));
+  const int64_t listed_layers = static_cast<int64_t>(json.size()) - (own ? 1 : 0);
+  if (listed_layers != num_layers) {
+    return Invalid(
+        absl::StrCat(name, ": has patterns for ", listed_layers, " layers, expected ", num_layers));
   }
   PatternSet patterns = PatternSet::Uniform(kUnlistedHeadPattern, num_layers, num_heads);
   for (int64_t layer = 0; layer < num_layers; ++layer) {
     LF_RETURN_IF_ERROR(
         Annotate(ParseLayer(json[layer], layer, &patterns), absl::StrCat(name, ": layer ", layer)));
   }
+  if (own) LF_RETURN_IF_ERROR(Annotate(ParseOwn(json.back(), &patterns), absl::StrCat(name, ": longfill")));
   return patterns;
 }
 
@@ -154,16 +280,57 @@ absl::StatusOr<PatternSet> LoadPatternFile(const std::string& path, int64_t num_
   return ParsePatterns(text, path, num_layers, num_heads);
 }
 
+namespace {
+
+// The object behind the layers.
+absl::StatusOr<std::string> FormatOwn(const PatternSet& patterns) {
+  const PatternProvenance& provenance = *patterns.provenance();
+  for (const std::string* hash : {&provenance.model_fingerprint, &provenance.calibration_sha256}) {
+    if (!IsSha256(*hash)) {
+      return Invalid(absl::StrCat("hash ", QuoteForMessage(*hash), " is not 64 lower-case hex digits"));
+    }
+  }
+  LF_ASSIGN_OR_RETURN(const Json search, ParseJson(provenance.search_json, "search settings"));
+  if (!search.is_object()) return Invalid("search settings are not a JSON object");
+  LF_RETURN_IF_ERROR(CheckRecalls(patterns));
+  Json exact = Json::object();
+  for (int64_t layer = 0; layer < patterns.num_layers(); ++layer) {
+    for (int64_t head = 0; head < patterns.num_heads(); ++head) {
+      const HeadPattern& pattern = patterns.at(layer, head);
+      if (StandIn(pattern) == pattern) continue;
+      exact[absl::StrCat(layer)][absl::StrCat(head)] = ToString(pattern);
+    }
+  }
+  const Json own = {
+      {"version", kOwnVersion},
+      {"model", {{"name", provenance.model_name}, {"fingerprint", provenance.model_fingerprint}}},
+      {"calibration", {{"sha256", provenance.calibration_sha256}}},
+      {"search", search},
+      {"score", "recall"},
+      {"exact", exact}};
+  Json object = Json::object();
+  object[std::string(kOwnKey)] = own;
+  return object.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace
+
 absl::StatusOr<std::string> FormatPatterns(const PatternSet& patterns) {
+  const bool own = patterns.provenance().has_value();
   std::string text = "[";
   for (int64_t layer = 0; layer < patterns.num_layers(); ++layer) {
     text += layer == 0 ? "{" : ",\n {";
     for (int64_t head = 0; head < patterns.num_heads(); ++head) {
-      absl::StatusOr<Json> entry = FormatHead(patterns.at(layer, head), patterns.score(layer, head));
+      const HeadPattern& pattern = patterns.at(layer, head);
+      absl::StatusOr<Json> entry = FormatHead(own ? StandIn(pattern) : pattern, patterns.score(layer, head));
       if (!entry.ok()) return Annotate(entry.status(), absl::StrCat("layer ", layer, ": head ", head));
       absl::StrAppend(&text, head == 0 ? "" : ", ", "\"", head, "\": ", entry->dump());
     }
     text += "}";
+  }
+  if (own) {
+    LF_ASSIGN_OR_RETURN(const std::string object, FormatOwn(patterns));
+    absl::StrAppend(&text, text.size() > 1 ? ",\n " : "", object);
   }
   return text + "]\n";
 }

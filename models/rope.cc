@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -11,6 +12,7 @@ namespace {
 
 // The formulas are those of transformers' modeling_rope_utils.py (5.0), which follow
 //   linear  https://www.reddit.com/r/LocalLLaMA/comments/14fgjqj (kaiokendev),
+//   longrope  arXiv 2402.13753; the scale of cos and sin as Phi-3 has it,
 //   llama3  the Llama 3.1 release, section on long context in arXiv 2407.21783,
 //   yarn    arXiv 2309.00071, sections 3.2 and 3.4; mscale and mscale_all_dim from DeepSeek-V2 (arXiv
 //   2405.04434).
@@ -28,6 +30,26 @@ absl::Status CheckPositive(const char* key, double value) {
   return absl::InvalidArgumentError(absl::StrCat("rope ", key, " ", value, " must be finite and above 0"));
 }
 
+absl::Status CheckLongRope(const RopeConfig& rope) {
+  LF_RETURN_IF_ERROR(CheckPositive("factor", rope.factor));
+  // Its logarithm divides that of the factor.
+  LF_RETURN_IF_ERROR(CheckAtLeast("original_max_position_embeddings",
+                                  static_cast<double>(rope.original_max_position_embeddings), 2.0));
+  if (rope.attention_factor.has_value()) {
+    LF_RETURN_IF_ERROR(CheckPositive("attention_factor", *rope.attention_factor));
+  }
+  for (const auto& [name, factors] :
+       {std::pair("short_factor", &rope.short_factor), std::pair("long_factor", &rope.long_factor)}) {
+    if (static_cast<int64_t>(factors->size()) != rope.rotary_dim / 2) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("rope ", name, " has ", factors->size(),
+                       " numbers, must have rotary_dim / 2 = ", rope.rotary_dim / 2));
+    }
+    for (const double factor : *factors) LF_RETURN_IF_ERROR(CheckPositive(name, factor));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Check(const RopeConfig& rope, int64_t num_tokens) {
   if (num_tokens < 0)
     return absl::InvalidArgumentError(absl::StrCat("rope num_tokens ", num_tokens, " is negative"));
@@ -39,6 +61,7 @@ absl::Status Check(const RopeConfig& rope, int64_t num_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("rope theta ", rope.theta, " must be finite and above 1"));
   }
   if (rope.scaling == RopeScaling::kNone) return absl::OkStatus();
+  if (rope.scaling == RopeScaling::kLongRope) return CheckLongRope(rope);
   LF_RETURN_IF_ERROR(CheckAtLeast("factor", rope.factor, 1.0));
   if (rope.scaling == RopeScaling::kLinear) return absl::OkStatus();
   LF_RETURN_IF_ERROR(CheckAtLeast("original_max_position_embeddings",
@@ -98,6 +121,22 @@ void ScaleYarn(const RopeConfig& rope, std::vector<double>& inv_freq) {
   }
 }
 
+// Factors count as fp32 numbers, as transformers holds them.
+void ScaleLongRope(const RopeConfig& rope, int64_t num_tokens, std::vector<double>& inv_freq) {
+  const std::vector<double>& factors =
+      num_tokens > rope.original_max_position_embeddings ? rope.long_factor : rope.short_factor;
+  for (size_t i = 0; i < inv_freq.size(); ++i) {
+    inv_freq[i] /= static_cast<double>(static_cast<float>(factors[i]));
+  }
+}
+
+double LongRopeAttentionScale(const RopeConfig& rope) {
+  if (rope.attention_factor.has_value()) return *rope.attention_factor;
+  if (rope.factor <= 1.0) return 1.0;
+  return std::sqrt(1.0 + std::log(rope.factor) /
+                             std::log(static_cast<double>(rope.original_max_position_embeddings)));
+}
+
 double YarnMscale(double factor, double mscale) {
   return factor <= 1.0 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
 }
@@ -110,6 +149,13 @@ double YarnAttentionScale(const RopeConfig& rope) {
     return YarnMscale(rope.factor, mscale) / YarnMscale(rope.factor, mscale_all_dim);
   }
   return YarnMscale(rope.factor, 1.0);
+}
+
+// Its square multiplies scores: arXiv 2501.15383, "attention scaling", after YaRN.
+double DualChunkScale(const RopeConfig& rope, int64_t num_tokens) {
+  if (rope.dual_chunk_original_tokens == 0) return 1.0;
+  return YarnMscale(static_cast<double>(num_tokens) / static_cast<double>(rope.dual_chunk_original_tokens),
+                    1.0);
 }
 
 }  // namespace
@@ -135,7 +181,12 @@ absl::StatusOr<RotaryTable> BuildRotaryTable(const RopeConfig& rope, int64_t num
       ScaleYarn(rope, table.inv_freq);
       table.attention_scale = static_cast<float>(YarnAttentionScale(rope));
       break;
+    case RopeScaling::kLongRope:
+      ScaleLongRope(rope, num_tokens, table.inv_freq);
+      table.attention_scale = static_cast<float>(LongRopeAttentionScale(rope));
+      break;
   }
+  table.attention_scale *= static_cast<float>(DualChunkScale(rope, num_tokens));
   for (double& frequency : table.inv_freq) frequency = static_cast<double>(static_cast<float>(frequency));
   return table;
 }

@@ -57,8 +57,8 @@ absl::StatusOr<std::string> SerializeHeader(const nlohmann::json& header) {
   } catch (const std::exception& error) {  // a name or metadata value that is not UTF-8
     return absl::InvalidArgumentError(absl::StrCat("safetensors header: ", QuoteForMessage(error.what())));
   }
-  constexpr int64_t kLengthBytes = 8;
-  while ((static_cast<int64_t>(text.size()) + kLengthBytes) % kDataAlignment != 0) text.push_back(' ');
+  constexpr int64_t kHeaderLengthBytes = 8;
+  while ((static_cast<int64_t>(text.size()) + kHeaderLengthBytes) % kDataAlignment != 0) text.push_back(' ');
   if (static_cast<int64_t>(text.size()) > kMaxSafetensorsHeaderBytes) {
     return absl::InvalidArgumentError(absl::StrCat(
         "safetensors header of ", text.size(), " bytes is above the limit of ", kMaxSafetensorsHeaderBytes));

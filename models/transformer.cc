@@ -1,7 +1,12 @@
 #include "models/transformer.h"
 
 #include <algorithm>
+#include <iterator>
+#include <map>
 #include <utility>
+
+#include "kernels/sparse/coverage.h"
+#include "parallel/share_selector.h"
 
 namespace longfill {
 
@@ -114,7 +119,14 @@ absl::Status Transformer::Embed(std::span<const int32_t> ids) {
 
 absl::Status Transformer::RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
                                    const LayerParallelism& parallel, const LayerCallbacks& callbacks) {
-  const LayerWeights& weights = weights_.layer(layer);
+  for (const HeadPattern& pattern : patterns) {  // no key outside of the window may count
+    LF_CHECK(BoundByWindow(pattern, config_.WindowOf(layer), plan_.num_tokens()) == pattern);
+  }
+  const LayerWeights* gathered = nullptr;
+  if (parallel.layer_weights != nullptr) {
+    LF_ASSIGN_OR_RETURN(gathered, parallel.layer_weights->Gather(layer));
+  }
+  const LayerWeights& weights = gathered != nullptr ? *gathered : weights_.layer(layer);
   absl::Status mine = callbacks.before_kv_overwrite ? callbacks.before_kv_overwrite() : absl::OkStatus();
   if (mine.ok()) {
     mine = ForEachChunk(callbacks.should_stop, [&](int64_t begin, int64_t end) -> absl::Status {
@@ -131,41 +143,130 @@ absl::Status Transformer::RunLayer(int64_t layer, std::span<const HeadPattern> p
 
 absl::Status Transformer::Attend(int64_t layer, std::span<const HeadPattern> patterns,
                                  const LayerParallelism& parallel, const LayerCallbacks& callbacks) {
-  LF_ASSIGN_OR_RETURN(LayerIndex index,
-                      parallel.index_builder->Build(plan_, Heads(q_, 0), Heads(k_, 0), patterns));
-  figures_.index_seconds += index.seconds - index.communication_seconds;
-  figures_.communication_seconds += index.communication_seconds;
-  if (parallel.replace_index) LF_RETURN_IF_ERROR(callbacks.agree(parallel.replace_index(layer, &index)));
-  for (const PairCounts& pairs : index.pairs) {
-    figures_.pairs.published += pairs.published;
-    figures_.pairs.covered += pairs.covered;
+  if (parallel.attend) {
+    const HeadsView<void> out{attention_.data(), config_.head_dim, config_.num_q_heads * config_.head_dim};
+    return callbacks.agree(
+        parallel.attend(layer, {.q = Heads(q_, 0), .k = Heads(k_, 0), .v = Heads(v_, 0), .out = out}));
   }
+  const int64_t window = config_.WindowOf(layer);
+  const bool watched =
+      parallel.recall != nullptr && !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) {
+        return pattern == SeesAllPattern(window, plan_.num_tokens());
+      });
+  if (watched) LF_RETURN_IF_ERROR(parallel.recall->Measure(Heads(q_, 0), Heads(k_, 0), window));
+  LF_ASSIGN_OR_RETURN(LayerIndex index, BuildIndex(patterns, parallel, callbacks));
+  if (parallel.replace_index) LF_RETURN_IF_ERROR(callbacks.agree(parallel.replace_index(layer, &index)));
+  LF_ASSIGN_OR_RETURN(const std::vector<float> lse,
+                      AttendHeads(index, {}, watched ? parallel.recall : nullptr, parallel, callbacks));
+  if (parallel.recall == nullptr) return absl::OkStatus();
+  LayerRecall recall{.watched = watched, .heads = std::vector<double>(patterns.size(), 1.0)};
+  if (watched) {
+    LF_ASSIGN_OR_RETURN(recall.heads, parallel.recall->Recall(lse));
+    for (size_t h = 0; h < patterns.size(); ++h) {
+      if (SeesAllKeys(patterns[h], index.pairs[h], window, plan_.num_tokens())) recall.heads[h] = 1;
+    }
+    LF_RETURN_IF_ERROR(GuardRecall(window, patterns, parallel, callbacks, &recall));
+  }
+  figures_.recall.push_back(std::move(recall));
+  figures_.recall_seconds = parallel.recall->seconds();
+  return absl::OkStatus();
+}
 
-  const absl::StatusOr<ParallelAttentionStats> stats =
-      parallel.attention->Run(plan_, {.q = Heads(q_, 0),
-                                      .k = Heads(k_, 0),
-                                      .v = Heads(v_, 0),
-                                      .indices = index.heads,
-                                      .pairs = index.pairs,
-                                      .out = attention_.data(),
-                                      .should_stop = [&] { return !callbacks.should_stop().ok(); }});
+// Computes some heads (none given: all) and returns the lse of the rows that `recall`, if there is one,
+// samples.
+absl::StatusOr<std::vector<float>> Transformer::AttendHeads(const LayerIndex& index,
+                                                            std::span<const int32_t> heads,
+                                                            const RecallMonitor* recall,
+                                                            const LayerParallelism& parallel,
+                                                            const LayerCallbacks& callbacks) {
+  for (size_t h = 0; h < index.pairs.size(); ++h) {
+    if (!heads.empty() && !std::ranges::binary_search(heads, static_cast<int32_t>(h))) continue;
+    figures_.pairs.published += index.pairs[h].published;
+    figures_.pairs.covered += index.pairs[h].covered;
+  }
+  absl::StatusOr<ParallelAttentionStats> stats = parallel.attention->Run(
+      plan_, {.q = Heads(q_, 0),
+              .k = Heads(k_, 0),
+              .v = Heads(v_, 0),
+              .indices = index.heads,
+              .pairs = index.pairs,
+              .query_rotary = Rotary(config_.rope.rotary_dim),
+              .out = attention_.data(),
+              .heads = heads,
+              .sampled = recall != nullptr ? std::span(recall->positions()) : std::span<const int64_t>(),
+              .should_stop = [&] { return !callbacks.should_stop().ok(); }});
   if (!stats.ok() && !absl::IsCancelled(stats.status())) return stats.status();
   const absl::Status mine = callbacks.should_stop();  // says why, where `stats` only says that
   LF_RETURN_IF_ERROR(callbacks.agree(mine.ok() ? stats.status() : mine));
   figures_.attention_seconds += stats->attention_seconds;
-  figures_.communication_seconds += stats->communication_seconds;
+  figures_.attention_exchange_seconds += stats->communication_seconds;
+  figures_.attention_exposed_seconds += stats->exposed_seconds;
   figures_.rank_covered_pairs += stats->covered_pairs;
   figures_.rank_computed_pairs += stats->computed_pairs;
+  return std::move(stats->sampled_lse);
+}
+
+// Of the layer's Q and K. A rank that is told to stop goes on to AttendHeads, which says so to all.
+absl::StatusOr<LayerIndex> Transformer::BuildIndex(std::span<const HeadPattern> patterns,
+                                                   const LayerParallelism& parallel,
+                                                   const LayerCallbacks& callbacks) {
+  absl::StatusOr<LayerIndex> index = parallel.index_builder->Build(
+      plan_, Heads(q_, 0), Heads(k_, 0), patterns, Rotary(config_.rope.rotary_dim),
+      [&] { return !callbacks.should_stop().ok(); });
+  if (index.ok()) figures_.index_seconds += index->seconds - index->communication_seconds;
+  return index;
+}
+
+// Computes the heads that fall short again, with larger budgets, then over all keys. The recall is the same
+// on all ranks, and so is every branch here.
+absl::Status Transformer::GuardRecall(int64_t window, std::span<const HeadPattern> patterns,
+                                      const LayerParallelism& parallel, const LayerCallbacks& callbacks,
+                                      LayerRecall* recall) {
+  if (parallel.min_recall == 0) return absl::OkStatus();
+  const int64_t num_tokens = plan_.num_tokens();
+  const HeadPattern all_keys = SeesAllPattern(window, num_tokens);
+  std::map<int32_t, RecomputedHead> recomputed;
+  constexpr size_t kLast = std::size(kBudgetFactors);
+  for (size_t step = 0; step <= kLast; ++step) {
+    std::vector<int32_t> heads;
+    std::vector<HeadPattern> wider(patterns.size(), all_keys);  // costs nothing where a head is not computed
+    for (size_t h = 0; h < patterns.size(); ++h) {
+      if (recall->heads[h] >= parallel.min_recall) continue;
+      heads.push_back(static_cast<int32_t>(h));
+      if (step < kLast) wider[h] = WidenedPattern(patterns[h], kBudgetFactors[step], window, num_tokens);
+    }
+    if (heads.empty()) break;
+    absl::StatusOr<LayerIndex> index = BuildIndex(wider, parallel, callbacks);
+    if (ShareSelector::HadNoRoom(index.status()) && step < kLast)
+      continue;  // on all ranks; all keys need none
+    LF_RETURN_IF_ERROR(index.status());
+    LF_ASSIGN_OR_RETURN(const std::vector<float> lse,
+                        AttendHeads(*index, heads, parallel.recall, parallel, callbacks));
+    LF_ASSIGN_OR_RETURN(const std::vector<double> got, parallel.recall->Recall(lse));
+    for (const int32_t head : heads) {
+      const auto h = static_cast<size_t>(head);
+      RecomputedHead& to =
+          recomputed.try_emplace(head, RecomputedHead{.recall_before = recall->heads[h]}).first->second;
+      recall->heads[h] = SeesAllKeys(wider[h], index->pairs[h], window, num_tokens) ? 1 : got[h];
+      to.head = head;
+      to.pattern = wider[h];
+      to.recall = recall->heads[h];
+      to.density =
+          static_cast<double>(index->pairs[h].covered) / static_cast<double>(CausalPairs(num_tokens));
+    }
+  }
+  for (const auto& [head, entry] : recomputed) recall->recomputed.push_back(entry);
   return absl::OkStatus();
 }
 
-// residual -> norm -> Q, K, V, rotated and head-major
+// residual -> norm -> Q, K, V, head-major; rotated, but for queries that each part of the keys sees otherwise
 absl::Status Transformer::ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end) {
   const int64_t rows = end - begin;
   const int64_t hidden = config_.hidden_size;
   LF_RETURN_IF_ERROR(Norm(Rows(residual_, begin, hidden), layer.input_norm, rows, hidden, normed_.data()));
   const int64_t rotary_dim = config_.rope.rotary_dim;
-  LF_RETURN_IF_ERROR(ProjectHeads(layer.q_proj, layer.q_norm, rotary_dim, begin, rows, q_));
+  const bool split = config_.rope.dual_chunk.Splits(plan_.num_tokens());
+  LF_RETURN_IF_ERROR(ProjectHeads(layer.q_proj, layer.q_norm, split ? 0 : rotary_dim, begin, rows, q_));
   LF_RETURN_IF_ERROR(ProjectHeads(layer.k_proj, layer.k_norm, rotary_dim, begin, rows, k_));
   return ProjectHeads(layer.v_proj, nullptr, 0, begin, rows, v_);
 }
@@ -268,21 +369,46 @@ absl::Status Transformer::ProjectHeads(const LinearWeights& linear, const float*
   if (norm != nullptr) {
     LF_RETURN_IF_ERROR(Norm(wide_.data(), norm, num_rows * num_heads, config_.head_dim, wide_.data()));
   }
+  RotaryParams params = Rotary(rotary_dim);
+  params.x = wide_.data();
+  params.x_stride = linear.out_width;
+  params.num_rows = num_rows;
+  params.num_heads = num_heads;
+  params.head_stride = num_tokens_ * config_.head_dim;
+  return RotateHeads(params, begin, heads);
+}
+
+// What vectors are rotated with, whatever their places.
+RotaryParams Transformer::Rotary(int64_t rotary_dim) const {
+  RotaryParams params;
+  params.inv_freq = std::span(rotary_.inv_freq).first(static_cast<size_t>(rotary_dim / 2));
+  params.attention_scale = rotary_.attention_scale;
+  params.form = config_.rope.form;
+  params.rotary_dim = rotary_dim;
+  params.head_dim = config_.head_dim;
+  return params;
+}
+
+// Rows from `begin` on, into their places in `heads`. Each of dual chunks counts its positions anew.
+absl::Status Transformer::RotateHeads(RotaryParams params, int64_t begin, const Buffer& heads) {
   timer_.Begin(kOther);
-  return kernels_.Rotary({.x = wide_.data(),
-                          .x_stride = linear.out_width,
-                          .inv_freq = std::span(rotary_.inv_freq).first(static_cast<size_t>(rotary_dim / 2)),
-                          .attention_scale = rotary_.attention_scale,
-                          .form = config_.rope.form,
-                          .rotary_dim = rotary_dim,
-                          .positions = positions_,
-                          .row_offset = begin,
-                          .num_rows = num_rows,
-                          .num_heads = num_heads,
-                          .head_dim = config_.head_dim,
-                          .out = heads.data(),
-                          .head_stride = num_tokens_ * config_.head_dim},
-                         stream_);
+  const DualChunk& dual_chunk = config_.rope.dual_chunk;
+  const int64_t num_tokens = plan_.num_tokens();
+  const int64_t end = begin + params.num_rows;
+  for (int64_t row = begin; row < end;) {
+    const int64_t chunk = dual_chunk.ChunkOf(positions_.Position(row), num_tokens);
+    const TokenRange tokens = dual_chunk.Tokens(chunk, num_tokens);
+    const int64_t first_row = positions_.RowsBelow(tokens.begin);
+    params.positions = positions_;
+    params.positions.first = positions_.Position(first_row) - tokens.begin;
+    params.row_offset = row - first_row;
+    params.num_rows = std::min(end, positions_.RowsBelow(tokens.end)) - row;
+    params.out = Rows(heads, first_row, config_.head_dim);
+    LF_RETURN_IF_ERROR(kernels_.Rotary(params, stream_));
+    params.x = Advance(params.x, params.num_rows * params.x_stride, dtype_);
+    row += params.num_rows;
+  }
+  return absl::OkStatus();
 }
 
 HeadsView<const void> Transformer::Heads(const Buffer& buffer, int64_t row) const {

@@ -16,17 +16,20 @@
 #include "kernels/api/backend.h"
 #include "models/config.h"
 #include "models/part_timer.h"
+#include "models/recall_guard.h"
 #include "models/rope.h"
+#include "models/sharded_weights.h"
 #include "models/weights.h"
 #include "parallel/mesh.h"
 #include "parallel/parallel_attention.h"
+#include "parallel/recall_monitor.h"
 #include "parallel/sparse_index_builder.h"
 
 namespace longfill {
 
 inline AttentionGeometry GeometryOf(const ModelConfig& config) {
   return {config.num_q_heads, config.num_kv_heads, config.head_dim,
-          static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.head_dim)))};
+          static_cast<float>(1.0 / std::sqrt(static_cast<double>(config.head_dim))), config.rope.dual_chunk};
 }
 
 // What this rank did for a prompt. Seconds are of the device (on the CPU of the clock); what the device waits
@@ -34,22 +37,40 @@ inline AttentionGeometry GeometryOf(const ModelConfig& config) {
 struct LayerFigures {
   double index_seconds = 0;  // building the indices, without the communication inside
   double attention_seconds = 0;
-  double gemm_seconds = 0;           // projections, MLP, LM head
-  double other_seconds = 0;          // embedding, norms, rotary, activation
-  double communication_seconds = 0;  // of index and attention, with packing and waiting for peers
-  PairCounts pairs;                  // of all ranks, all heads
+  double gemm_seconds = 0;                // projections, MLP, LM head
+  double other_seconds = 0;               // embedding, norms, rotary, activation
+  double attention_exchange_seconds = 0;  // between its ranks, with packing and waiting for peers
+  double attention_exposed_seconds = 0;   // of these, in which attention waited for them
+  double recall_seconds = 0;              // of the recall monitor
+  PairCounts pairs;                       // of all ranks, all heads, with those that were computed again
   int64_t rank_covered_pairs = 0;
   int64_t rank_computed_pairs = 0;
+  std::vector<LayerRecall> recall;  // of the layers that have run, where there is a monitor
+};
+
+// What attention of a layer reads and where its result goes: memory of the backend, of its compute dtype,
+// rows as plan.TokenPositions(rank).
+struct LayerHeads {
+  HeadsView<const void> q;     // [num_q_heads, local tokens, head_dim], after RoPE
+  HeadsView<const void> k, v;  // [num_kv_heads, local tokens, head_dim]
+  HeadsView<void> out;         // [num_q_heads, local tokens, head_dim]
 };
 
 // The parallel parts that a layer calls; owned by the caller.
 struct LayerParallelism {
   SparseIndexBuilder* index_builder = nullptr;
   ParallelAttention* attention = nullptr;
+  ShardedWeights* layer_weights = nullptr;  // nullptr: the weights of Create have the layers
   // Benchmarks: what attention uses instead of the index that was just built, which counts in index_seconds
   // all the same. Puts views of the backend's memory and pair counts into *index, equal on all ranks; they
   // stay until the layer's work has run. Not timed. May be empty.
   std::function<absl::Status(int64_t layer, LayerIndex* index)> replace_index;
+  // Pattern search: computes the layer's attention in place of index_builder and attention, which may be
+  // nullptr then, and looks at its queries, keys and values. Enqueues on the main stream. May be empty.
+  std::function<absl::Status(int64_t layer, const LayerHeads& heads)> attend;
+  // Watches every layer whose patterns leave out keys; nullptr: nobody does. Not with replace_index.
+  RecallMonitor* recall = nullptr;
+  double min_recall = 0;  // RecallOptions::min_recall
 };
 
 struct LayerCallbacks {
@@ -82,7 +103,7 @@ class Transformer {
   };
 
   // `config`, `weights` and `backend` outlive the result; the weights are what UploadWeights or RandomWeights
-  // of that backend gave.
+  // of that backend gave, or ShardedWeights::resident.
   static absl::StatusOr<std::unique_ptr<Transformer>> Create(const ModelConfig& config,
                                                              const ModelWeights& weights, Backend& backend,
                                                              const ShardPlan& plan, int rank);
@@ -98,9 +119,9 @@ class Transformer {
   // ids: the tokens of this rank, in the order of plan.TokenPositions(rank), each within the vocabulary.
   absl::Status Embed(std::span<const int32_t> ids);
 
-  // Enqueues the layer; its last chunks may still run at return. patterns: one for each query head. Errors of
-  // callbacks and kernels that struck one rank come back on every rank (through `agree`); an error inside a
-  // collective leaves the group broken.
+  // Enqueues the layer; its last chunks may still run at return. patterns: one for each query head, bounded
+  // by the layer's window (BoundByWindow). Errors of callbacks and kernels that struck one rank come back on
+  // every rank (through `agree`); an error inside a collective leaves the group broken.
   absl::Status RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
                         const LayerParallelism& parallel, const LayerCallbacks& callbacks);
 
@@ -120,6 +141,15 @@ class Transformer {
   absl::Status ForEachChunk(const std::function<absl::Status()>& should_stop, Body body);
   absl::Status Attend(int64_t layer, std::span<const HeadPattern> patterns, const LayerParallelism& parallel,
                       const LayerCallbacks& callbacks);
+  absl::StatusOr<LayerIndex> BuildIndex(std::span<const HeadPattern> patterns,
+                                        const LayerParallelism& parallel, const LayerCallbacks& callbacks);
+  absl::StatusOr<std::vector<float>> AttendHeads(const LayerIndex& index, std::span<const int32_t> heads,
+                                                 const RecallMonitor* recall,
+                                                 const LayerParallelism& parallel,
+                                                 const LayerCallbacks& callbacks);
+  absl::Status GuardRecall(int64_t window, std::span<const HeadPattern> patterns,
+                           const LayerParallelism& parallel, const LayerCallbacks& callbacks,
+                           LayerRecall* recall);
   absl::Status ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end);
   absl::Status FinishLayer(const LayerWeights& layer, int64_t begin, int64_t end);
   absl::Status FinalNorm(std::span<const int64_t> rows);
@@ -128,6 +158,8 @@ class Transformer {
                       void* out, DType out_dtype);
   absl::Status ProjectHeads(const LinearWeights& linear, const float* norm, int64_t rotary_dim, int64_t begin,
                             int64_t num_rows, const Buffer& heads);
+  RotaryParams Rotary(int64_t rotary_dim) const;
+  absl::Status RotateHeads(RotaryParams params, int64_t begin, const Buffer& heads);
   HeadsView<const void> Heads(const Buffer& buffer, int64_t row) const;
   void* Rows(const Buffer& buffer, int64_t row, int64_t width) const;  // of a token-major buffer
 
@@ -149,7 +181,7 @@ class Transformer {
   int next_chunk_event_ = 0;
 
   Buffer residual_;   // [num_tokens, hidden_size]
-  Buffer q_, k_, v_;  // [heads, num_tokens, head_dim]
+  Buffer q_, k_, v_;  // [heads, num_tokens, head_dim]; q_ is not rotated where dual chunks split the prompt
   Buffer attention_;  // [num_tokens, num_q_heads * head_dim]
   Buffer ids_;        // [chunk] int32
   Buffer normed_;     // [chunk, hidden_size]

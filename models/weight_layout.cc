@@ -1,6 +1,16 @@
 #include "models/weight_layout.h"
 
+#include "absl/strings/str_cat.h"
+#include "models/json_input.h"
+
 namespace longfill {
+
+absl::StatusOr<const Family*> FamilyOf(const ModelConfig& config) {
+  const Family* family = FindFamilyByName(config.family);
+  if (family != nullptr) return family;
+  return absl::UnimplementedError(
+      absl::StrCat("model family ", QuoteForMessage(config.family), " is not known"));
+}
 
 bool IsNorm(WeightRole role) {
   switch (role) {
@@ -58,7 +68,7 @@ bool Applies(WeightCondition condition, const ModelConfig& config) {
   return false;
 }
 
-WeightLayout LayOutWeights(const ModelConfig& config, const Family& family, DType dtype) {
+WeightLayout LayOutWeights(const ModelConfig& config, const Family& family, const WeightDTypes& dtypes) {
   WeightLayout layout;
   const auto add = [&](const TensorRule& rule, int64_t layer) {
     for (const WeightRole role : rule.roles) {
@@ -66,7 +76,7 @@ WeightLayout LayOutWeights(const ModelConfig& config, const Family& family, DTyp
       const bool is_vector = rule.is_bias || IsNorm(role);
       WeightSlot slot = {.rule = &rule, .role = role, .layer = layer};
       slot.count = is_vector ? shape.out_width : shape.out_width * shape.in_width;
-      slot.dtype = IsNorm(role) ? DType::kFloat32 : dtype;
+      slot.dtype = IsNorm(role) ? DType::kFloat32 : rule.is_bias ? dtypes.biases : dtypes.matrices;
       slot.offset_bytes = layout.size_bytes;
       layout.size_bytes += (slot.size_bytes() + kWeightAlignment - 1) / kWeightAlignment * kWeightAlignment;
       layout.num_parameters += slot.count;
@@ -76,10 +86,12 @@ WeightLayout LayOutWeights(const ModelConfig& config, const Family& family, DTyp
   for (const TensorRule& rule : family.tensors) {
     if (Applies(rule.condition, config) && !IsLayerTemplate(rule.name)) add(rule, 0);
   }
+  layout.layers_begin = layout.size_bytes;
   for (int64_t layer = 0; layer < config.num_layers; ++layer) {
     for (const TensorRule& rule : family.tensors) {
       if (Applies(rule.condition, config) && IsLayerTemplate(rule.name)) add(rule, layer);
     }
+    if (layer == 0) layout.layer_bytes = layout.size_bytes - layout.layers_begin;
   }
   return layout;
 }

@@ -9,10 +9,15 @@
 #include <vector>
 
 #include "kernels/base/dtype.h"
+#include "kernels/base/status.h"
 #include "models/config.h"
 #include "models/family.h"
 
 namespace longfill {
+
+// Of a config of LoadModelConfig, ParseModelConfig or GeometryConfig; Unimplemented, naming it, where there
+// is no such family.
+absl::StatusOr<const Family*> FamilyOf(const ModelConfig& config);
 
 struct RoleShape {
   int64_t out_width = 0;
@@ -33,18 +38,28 @@ struct WeightSlot {
 
   std::string Name() const { return TensorName(rule->name, layer); }  // of the stored tensor
   int64_t size_bytes() const { return count * DTypeBytes(dtype); }
+  int64_t end_bytes() const { return offset_bytes + size_bytes(); }
 };
 
 inline constexpr int64_t kWeightAlignment = 256;
 
+// What belongs to no layer comes first, then the layers, one like the other.
 struct WeightLayout {
-  std::vector<WeightSlot> slots;  // offsets are multiples of kWeightAlignment
+  std::vector<WeightSlot> slots;  // in the order of their offsets, which are multiples of kWeightAlignment
   int64_t size_bytes = 0;
   int64_t num_parameters = 0;
+  int64_t layers_begin = 0;  // layer i lies in [layers_begin + i * layer_bytes, ... + layer_bytes)
+  int64_t layer_bytes = 0;
 };
 
-// Norms in fp32, everything else in `dtype`; a tied LM head takes no place. `family` outlives the result.
-WeightLayout LayOutWeights(const ModelConfig& config, const Family& family, DType dtype);
+// What is no norm: those are in fp32.
+struct WeightDTypes {
+  DType matrices = DType::kFloat32;
+  DType biases = DType::kFloat32;
+};
+
+// A tied LM head takes no place. `family` outlives the result.
+WeightLayout LayOutWeights(const ModelConfig& config, const Family& family, const WeightDTypes& dtypes);
 
 }  // namespace longfill
 

@@ -254,28 +254,46 @@ class WeightLoader {
   std::unique_ptr<std::byte[]> scratch_;
 };
 
-LinearWeights& ModelWeights::Linear(WeightRole role, int64_t layer) {
-  LayerWeights& weights = layers_[static_cast<size_t>(layer)];
+LinearWeights* LayerWeights::Linear(WeightRole role) {
   switch (role) {
-    case WeightRole::kEmbedding:
-      return embedding_;
     case WeightRole::kQProj:
-      return weights.q_proj;
+      return &q_proj;
     case WeightRole::kKProj:
-      return weights.k_proj;
+      return &k_proj;
     case WeightRole::kVProj:
-      return weights.v_proj;
+      return &v_proj;
     case WeightRole::kOProj:
-      return weights.o_proj;
+      return &o_proj;
     case WeightRole::kGateProj:
-      return weights.gate_proj;
+      return &gate_proj;
     case WeightRole::kUpProj:
-      return weights.up_proj;
+      return &up_proj;
     case WeightRole::kDownProj:
-      return weights.down_proj;
+      return &down_proj;
     default:
-      return lm_head_;
+      return nullptr;
   }
+}
+
+const float** LayerWeights::Norm(WeightRole role) {
+  switch (role) {
+    case WeightRole::kInputNorm:
+      return &input_norm;
+    case WeightRole::kQNorm:
+      return &q_norm;
+    case WeightRole::kKNorm:
+      return &k_norm;
+    case WeightRole::kPostAttentionNorm:
+      return &post_attention_norm;
+    default:
+      return nullptr;
+  }
+}
+
+LinearWeights& ModelWeights::Linear(WeightRole role, int64_t layer) {
+  if (role == WeightRole::kEmbedding) return embedding_;
+  if (role == WeightRole::kLmHead) return lm_head_;
+  return *layers_[static_cast<size_t>(layer)].Linear(role);
 }
 
 const LinearWeights& ModelWeights::Linear(WeightRole role, int64_t layer) const {
@@ -283,19 +301,8 @@ const LinearWeights& ModelWeights::Linear(WeightRole role, int64_t layer) const 
 }
 
 const float*& ModelWeights::Norm(WeightRole role, int64_t layer) {
-  LayerWeights& weights = layers_[static_cast<size_t>(layer)];
-  switch (role) {
-    case WeightRole::kInputNorm:
-      return weights.input_norm;
-    case WeightRole::kQNorm:
-      return weights.q_norm;
-    case WeightRole::kKNorm:
-      return weights.k_norm;
-    case WeightRole::kPostAttentionNorm:
-      return weights.post_attention_norm;
-    default:
-      return final_norm_;
-  }
+  if (role == WeightRole::kFinalNorm) return final_norm_;
+  return *layers_[static_cast<size_t>(layer)].Norm(role);
 }
 
 const float* ModelWeights::Norm(WeightRole role, int64_t layer) const {
@@ -304,11 +311,7 @@ const float* ModelWeights::Norm(WeightRole role, int64_t layer) const {
 
 absl::StatusOr<std::unique_ptr<const ModelWeights>> ModelWeights::Load(const std::string& directory,
                                                                        const ModelConfig& config) {
-  const Family* family = FindFamilyByName(config.family);
-  if (family == nullptr) {
-    return absl::UnimplementedError(
-        absl::StrCat("model family ", QuoteForMessage(config.family), " is not known"));
-  }
+  LF_ASSIGN_OR_RETURN(const Family* family, FamilyOf(config));
   return Load(directory, config, *family);
 }
 

@@ -39,13 +39,18 @@ struct LayerWeights {
   LinearWeights gate_proj;                     // [intermediate_size, hidden_size]
   LinearWeights up_proj;
   LinearWeights down_proj;  // [hidden_size, intermediate_size]
+
+  // By role; nullptr where the role is none of these.
+  LinearWeights* Linear(WeightRole role);
+  const float** Norm(WeightRole role);
 };
 
 // All weights of a model. Load gives those of a checkpoint in host memory, which is what a CPU computes with:
 // projections and the embedding are views of the mapped files in their stored dtype (copied where the file
 // has them unaligned), norms and biases are widened to fp32. device_weights.h makes those of a backend's
-// memory: projections, embedding and biases in one dtype, norms in fp32. Immutable, so thread-safe; the
-// pointers live as long as this object.
+// memory: projections, embedding and biases in one dtype, norms in fp32. Where the layers are shared by the
+// ranks (sharded_weights.h), they are what belongs to no layer. Immutable, so thread-safe; the pointers live
+// as long as this object.
 class ModelWeights {
  public:
   // From DIR/model.safetensors, else from the shards that DIR/model.safetensors.index.json names (plain file
@@ -65,6 +70,9 @@ class ModelWeights {
   const LinearWeights& lm_head() const { return lm_head_; }      // the embedding itself where tied
   int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
   const LayerWeights& layer(int64_t index) const { return layers_[static_cast<size_t>(index)]; }
+  // By role; `layer` is not looked at where the role is not one of a layer.
+  const LinearWeights& Linear(WeightRole role, int64_t layer) const;
+  const float* Norm(WeightRole role, int64_t layer) const;
 
   int64_t bytes() const { return mapped_bytes_ + owned_bytes_; }
   int64_t mapped_bytes() const { return mapped_bytes_; }  // views of the page cache
@@ -76,13 +84,10 @@ class ModelWeights {
 
  private:
   friend class WeightLoader;
-  friend class DeviceWeights;
+  friend struct WeightAllocator;
   ModelWeights() = default;
-  // By role; `layer` is not looked at where the role is not one of a layer.
   LinearWeights& Linear(WeightRole role, int64_t layer);
-  const LinearWeights& Linear(WeightRole role, int64_t layer) const;
   const float*& Norm(WeightRole role, int64_t layer);
-  const float* Norm(WeightRole role, int64_t layer) const;
 
   std::vector<std::shared_ptr<const SafetensorsFile>> files_;
   std::vector<std::unique_ptr<float[]>> widened_;

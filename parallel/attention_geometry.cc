@@ -19,6 +19,13 @@ absl::Status Validate(const AttentionGeometry& geometry) {
     return absl::InvalidArgumentError(
         absl::StrCat("attention geometry: scale ", geometry.scale, " is not above 0"));
   }
+  const DualChunk& chunk = geometry.dual_chunk;
+  if (chunk.chunk_size != 0 &&
+      (chunk.local_size < 1 || chunk.chunk_len() < kTokenBlock || chunk.chunk_len() % kTokenBlock != 0)) {
+    return absl::InvalidArgumentError(absl::StrCat("attention geometry: dual chunks of ", chunk.chunk_size,
+                                                   " less ", chunk.local_size, " tokens are no multiple of ",
+                                                   kTokenBlock));
+  }
   return absl::OkStatus();
 }
 

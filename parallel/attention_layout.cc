@@ -7,17 +7,28 @@
 namespace longfill {
 namespace {
 
-// Of the KV heads that are computed together where they are exchanged.
+// Of what one round receives. On a device a prompt that is worth it takes several, so that exchanges run
+// beside compute.
 constexpr int64_t kCpuRoundBytes = int64_t{256} << 20;
-constexpr int64_t kDeviceRoundBytes = int64_t{1} << 30;
-constexpr int64_t kStagingBytes = int64_t{32} << 20;  // of one exchange, in each direction
+constexpr int64_t kDeviceRoundBytes = int64_t{512} << 20;
+constexpr int64_t kOneRoundBytes = int64_t{128} << 20;
+constexpr int64_t kRounds = 4;
+// Of one exchange, in each direction. A device is given some copies for each, whatever their size.
+constexpr int64_t kCpuStagingBytes = int64_t{32} << 20;
+constexpr int64_t kDeviceStagingBytes = int64_t{128} << 20;
 
 int64_t BlocksOf(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
+
+// `all_bytes`: of all KV heads.
+int64_t RoundBytes(DeviceKind device, int64_t all_bytes) {
+  if (device == DeviceKind::kCpu) return kCpuRoundBytes;
+  return all_bytes <= kOneRoundBytes ? kOneRoundBytes : std::min(kDeviceRoundBytes, all_bytes / kRounds);
+}
 
 }  // namespace
 
 AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeometry& geometry,
-                                 const ShardPlan& plan) {
+                                 const ShardPlan& plan, int64_t round_bytes, int64_t num_sampled) {
   const Mesh mesh = plan.mesh();
   head_exchange = mesh.head > 1;
   sequence_exchange = mesh.sequence > 1;
@@ -25,11 +36,12 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   const int64_t group_rows = plan.GroupNumTokens(0);  // the largest
   const int64_t row_bytes = geometry.head_dim * DTypeBytes(kernels.compute_dtype());
   const int64_t rows_per_kv = (head_exchange || sequence_exchange ? 2 * padded_tokens : 0) +
-                              (head_exchange && sequence_exchange ? 2 * group_rows : 0) +
                               (head_exchange ? 2 * geometry.q_per_kv() * group_rows : 0);
-  const int64_t round_bytes = kernels.device() == DeviceKind::kCpu ? kCpuRoundBytes : kDeviceRoundBytes;
-  kv_heads = std::clamp<int64_t>(round_bytes / std::max<int64_t>(1, rows_per_kv * row_bytes), 1,
-                                 geometry.num_kv_heads);
+  const int64_t head_bytes_received = std::max<int64_t>(1, rows_per_kv * row_bytes);
+  if (round_bytes == 0)
+    round_bytes = RoundBytes(kernels.device(), head_bytes_received * geometry.num_kv_heads);
+  kv_heads = std::clamp<int64_t>(round_bytes / head_bytes_received, 1, geometry.num_kv_heads);
+  const int64_t slice_bytes = kernels.device() == DeviceKind::kCpu ? kCpuStagingBytes : kDeviceStagingBytes;
   const int64_t q_heads = kv_heads * geometry.q_per_kv();
 
   // Sent, or received, for one block of each member.
@@ -37,14 +49,25 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   const int64_t key_bytes = kv_heads * mesh.sequence * kTokenBlock * row_bytes;
   const int64_t member_blocks = BlocksOf(plan.NumTokens(0));
   const int64_t group_blocks = BlocksOf(group_rows);
-  head_slice = std::clamp<int64_t>(kStagingBytes / head_bytes, 1, std::max<int64_t>(1, member_blocks));
-  key_slice = std::clamp<int64_t>(kStagingBytes / key_bytes, 1, std::max<int64_t>(1, group_blocks));
+  head_slice = std::clamp<int64_t>(slice_bytes / head_bytes, 1, std::max<int64_t>(1, member_blocks));
+  key_slice = std::clamp<int64_t>(slice_bytes / key_bytes, 1, std::max<int64_t>(1, group_blocks));
 
+  one_place = kv_heads == geometry.num_kv_heads;  // one round on every rank that computes all heads
   PieceLayout pieces;
   counts = pieces.Add(2 * static_cast<int64_t>(sizeof(int64_t)));
-  if (head_exchange) {
-    q = pieces.Add(q_heads * group_rows * row_bytes);
-    out = pieces.Add(q_heads * group_rows * row_bytes);
+  for (Received& place : received) {
+    if (&place != &received[0] && one_place) {
+      place = received[0];
+      continue;
+    }
+    if (head_exchange) {
+      place.q = pieces.Add(q_heads * group_rows * row_bytes);
+      place.out = pieces.Add(q_heads * group_rows * row_bytes);
+    }
+    if (head_exchange || sequence_exchange) {
+      place.all_k = pieces.Add(kv_heads * padded_tokens * row_bytes);
+      place.all_v = pieces.Add(kv_heads * padded_tokens * row_bytes);
+    }
   }
   if (head_exchange && sequence_exchange) {
     group_k = pieces.Add(kv_heads * group_rows * row_bytes);
@@ -53,10 +76,19 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   if (head_exchange || sequence_exchange) {
     const int64_t staging_bytes =
         std::max(head_exchange ? head_slice * head_bytes : 0, sequence_exchange ? key_slice * key_bytes : 0);
-    all_k = pieces.Add(kv_heads * padded_tokens * row_bytes);
-    all_v = pieces.Add(kv_heads * padded_tokens * row_bytes);
     send = pieces.Add(staging_bytes);
     recv = pieces.Add(staging_bytes);
+  }
+  if (geometry.dual_chunk.Splits(plan.num_tokens())) {
+    const int64_t blocks = slice_bytes / (q_heads * kTokenBlock * row_bytes);
+    rotated_rows = std::clamp<int64_t>(blocks, 1, std::max<int64_t>(1, group_blocks)) * kTokenBlock;
+    rotated_q = pieces.Add(q_heads * rotated_rows * row_bytes);
+    rotated_lse = pieces.Add(q_heads * rotated_rows * static_cast<int64_t>(sizeof(float)));
+  }
+  if (num_sampled > 0) {
+    constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
+    lse = pieces.Add(q_heads * group_rows * kFloat);
+    sampled_lse = pieces.Add(geometry.num_q_heads * num_sampled * kFloat);
   }
   workspace_bytes = kernels.AttentionWorkspaceBytes(
       {.num_q_heads = q_heads, .num_q_rows = group_rows, .head_dim = geometry.head_dim});

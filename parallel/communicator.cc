@@ -51,11 +51,12 @@ class SingleCommunicator final : public Communicator {
     return child;
   }
   void Abort(const absl::Status& reason) override { broken_->Break(reason); }
+  absl::Status Health() override { return broken_->status(); }
   int64_t bytes_sent() const override { return 0; }
   double seconds() const override { return 0; }
 
  private:
-  absl::Status CheckUsable() { return reported_.Check(*broken_, name(), 0); }
+  absl::Status CheckUsable() { return reported_.Check(Health(), name(), 0); }
 
   std::shared_ptr<internal::FirstError> broken_ =
       std::make_shared<internal::FirstError>();  // of the whole family

@@ -49,15 +49,15 @@ absl::Status FirstError::status() const {
   return status_;
 }
 
-absl::Status ErrorReport::Check(const FirstError& error, std::string_view communicator, int rank) {
-  if (!error.broken()) return absl::OkStatus();
+absl::Status ErrorReport::Check(const absl::Status& error, std::string_view communicator, int rank) {
+  if (error.ok()) return error;
   if (!told_) {
     told_ = true;
-    return error.status();
+    return error;
   }
   return absl::FailedPreconditionError(
       absl::StrCat("the ", absl::string_view(communicator.data(), communicator.size()), " group of rank ",
-                   rank, " has ended: ", error.status().ToString()));
+                   rank, " has ended: ", error.ToString()));
 }
 
 absl::Status CheckAllGather(std::span<const int64_t> counts_bytes, int size) {
@@ -119,6 +119,7 @@ void Reduce(void* accumulator, const void* value, int64_t count, ReduceType type
 }
 
 void AbortGroup(Communicator& comm, const absl::Status& error) {
+  if (comm.size() == 1) return;
   comm.Abort(absl::UnavailableError(absl::StrCat("rank ", comm.rank(), " failed: ", error.ToString())));
 }
 

@@ -32,7 +32,8 @@ class FirstError {
 // later ones FailedPrecondition naming it.
 class ErrorReport {
  public:
-  absl::Status Check(const FirstError& error, std::string_view communicator, int rank);
+  // `error`: that of the family, OK while there is none.
+  absl::Status Check(const absl::Status& error, std::string_view communicator, int rank);
 
  private:
   bool told_ = false;
@@ -50,7 +51,7 @@ int64_t ReduceTypeBytes(ReduceType type);
 void Reduce(void* accumulator, const void* value, int64_t count, ReduceType type, ReduceOp op);
 
 // Ends the group because of this rank's `error` in the middle of a procedure: peers return Unavailable naming
-// both.
+// both. A group of one, where nobody waits, goes on.
 void AbortGroup(Communicator& comm, const absl::Status& error);
 
 }  // namespace longfill::internal

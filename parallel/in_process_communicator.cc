@@ -296,6 +296,7 @@ class InProcessCommunicator final : public Communicator {
   }
 
   void Abort(const absl::Status& reason) override { group_->family().Break(reason); }
+  absl::Status Health() override { return group_->family().error.status(); }
   int64_t bytes_sent() const override { return bytes_sent_.load(std::memory_order_relaxed); }
   double seconds() const override {
     return static_cast<double>(nanoseconds_.load(std::memory_order_relaxed)) * 1e-9;
@@ -319,14 +320,14 @@ class InProcessCommunicator final : public Communicator {
 
   // Peers wait for this rank's call, so a bad argument here ends the group.
   absl::Status Usable(const absl::Status& arguments) {
-    LF_RETURN_IF_ERROR(report_.Check(group_->family().error, name(), rank_));
+    LF_RETURN_IF_ERROR(report_.Check(Health(), name(), rank_));
     if (!arguments.ok()) group_->family().Break(Annotate(arguments, absl::StrCat("rank ", rank_)));
     return arguments;
   }
 
   absl::Status Meet(const Call& mine) {
     if (group_->Meet(rank_, mine).ok()) return absl::OkStatus();
-    return report_.Check(group_->family().error, name(), rank_);
+    return report_.Check(Health(), name(), rank_);
   }
 
   const std::shared_ptr<Group> group_;

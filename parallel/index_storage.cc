@@ -20,14 +20,17 @@ int64_t MaxRuns(int64_t distances, int64_t num_tokens) {
   return std::min(distances, (num_tokens + kRowBlock) / (kRowBlock + 1));
 }
 
+// The last of it is the number of entries of block-share heads.
 int64_t ReportBytes(size_t num_heads) {
   return static_cast<int64_t>(num_heads *
-                              (2 * sizeof(PairCounts) + 2 * sizeof(SelectionCut) + sizeof(IndexCounts)));
+                                  (2 * sizeof(PairCounts) + 2 * sizeof(SelectionCut) + sizeof(IndexCounts)) +
+                              sizeof(int64_t));
 }
 
 bool Selects(const HeadPattern& pattern, int64_t num_tokens) {
   return num_tokens > 0 &&
-         (std::holds_alternative<VerticalSlash>(pattern) || std::holds_alternative<BlockSparse>(pattern));
+         (std::holds_alternative<VerticalSlash>(pattern) || std::holds_alternative<BlockSparse>(pattern) ||
+          std::holds_alternative<BlockShare>(pattern));
 }
 
 SparseIndex StaticIndex(const HeadPattern& pattern, int64_t num_tokens) {
@@ -39,6 +42,7 @@ SparseIndex StaticIndex(const HeadPattern& pattern, int64_t num_tokens) {
       return DiagonalColumnIndex{};
     }  // of an empty prompt
     SparseIndex operator()(const BlockSparse&) const { return BlockListIndex{.row_offsets = {0}}; }
+    SparseIndex operator()(const BlockShare&) const { return BlockListIndex{.row_offsets = {0}}; }
   };
   return std::visit(Visitor{num_tokens}, pattern);
 }
@@ -78,11 +82,20 @@ struct SelectedLayout {
             pieces.Add(MaxRuns(budget.distances, num_tokens) * static_cast<int64_t>(sizeof(DistanceRun)));
       } else if (const auto* blocks = std::get_if<BlockSparse>(&patterns[h])) {
         heads[h].key_blocks = pieces.Add(RowBlocksOf(num_tokens) * RowLength(*blocks, num_tokens) * kId);
+      } else if (std::holds_alternative<BlockShare>(patterns[h])) {
+        ++num_share_heads;
       }
+    }
+    if (num_share_heads > 0) {
+      share_offsets =
+          pieces.Add(num_share_heads * (RowBlocksOf(num_tokens) + 1) * static_cast<int64_t>(sizeof(int64_t)));
+      share_blocks = pieces.Add(ShareListCapacity(num_tokens, num_share_heads) * kId);
     }
     total_bytes = pieces.total_bytes();
   }
   std::vector<Head> heads;
+  int64_t num_share_heads = 0;  // with BlockShare
+  int64_t share_offsets = 0, share_blocks = 0;
   int64_t total_bytes = 0;
 };
 
@@ -96,19 +109,25 @@ int64_t RowLength(const BlockSparse& pattern, int64_t num_tokens) {
   return std::min(pattern.num_blocks, RowBlocksOf(num_tokens));
 }
 
+int64_t ShareListCapacity(int64_t num_tokens, int64_t num_heads) {
+  const int64_t row_blocks = RowBlocksOf(num_tokens);
+  return num_heads * std::min(row_blocks * (row_blocks + 1) / 2, row_blocks * kMeanShareListBlocks);
+}
+
 int64_t IndexStorage::Bytes(int64_t num_tokens, std::span<const HeadPattern> patterns) {
   return SelectedLayout(num_tokens, patterns).total_bytes +
          PackedIndices(StaticPatterns(num_tokens, patterns).indices).size_bytes();
 }
 
-absl::Status IndexStorage::PackStatic(Backend& backend, int64_t num_tokens,
-                                      std::span<const HeadPattern> patterns) {
-  const bool known =
-      static_num_tokens_ == num_tokens &&
-      std::equal(patterns.begin(), patterns.end(), static_patterns_.begin(), static_patterns_.end());
-  if (known) return absl::OkStatus();
+void IndexStorage::DropOtherStatic(int64_t num_tokens, std::span<const HeadPattern> patterns) {
+  if (static_num_tokens_ == num_tokens && std::ranges::equal(patterns, static_patterns_)) return;
   static_num_tokens_ = -1;
   static_ = Buffer();
+}
+
+absl::Status IndexStorage::PackStatic(Backend& backend, int64_t num_tokens,
+                                      std::span<const HeadPattern> patterns) {
+  if (static_num_tokens_ >= 0) return absl::OkStatus();
   const StaticPatterns heads(num_tokens, patterns);
   const PackedIndices packed(heads.indices);
   LF_ASSIGN_OR_RETURN(static_,
@@ -133,6 +152,7 @@ absl::Status IndexStorage::PackStatic(Backend& backend, int64_t num_tokens,
 absl::Status IndexStorage::Allocate(Backend& backend, int64_t num_tokens, Coverage coverage,
                                     std::span<const HeadPattern> patterns) {
   views_.clear();
+  DropOtherStatic(num_tokens, patterns);  // first, so that memory never holds parts of two layers
   const SelectedLayout layout(num_tokens, patterns);
   if (selected_.size_bytes() != layout.total_bytes) {
     selected_ = Buffer();
@@ -144,6 +164,11 @@ absl::Status IndexStorage::Allocate(Backend& backend, int64_t num_tokens, Covera
   report_ = PieceAt<PairCounts>(base, 0);
   views_ = static_views_;
   buffers_.assign(patterns.size(), {});
+  share_lists_ = {.row_offsets = PieceAt<int64_t>(base, layout.share_offsets),
+                  .key_blocks = PieceAt<int32_t>(base, layout.share_blocks),
+                  .capacity = ShareListCapacity(num_tokens, layout.num_share_heads),
+                  .num_entries = PieceAt<int64_t>(base, ReportBytes(patterns.size())) - 1};
+  int64_t* share_offsets = share_lists_.row_offsets;  // of the next such head
   for (size_t h = 0; h < patterns.size() && num_tokens > 0; ++h) {
     const SelectedLayout::Head& at = layout.heads[h];
     if (const auto* lines = std::get_if<VerticalSlash>(&patterns[h])) {
@@ -166,6 +191,11 @@ absl::Status IndexStorage::Allocate(Backend& backend, int64_t num_tokens, Covera
       views_[h] = {.form = IndexView::Form::kBlockList,
                    .key_blocks = PieceAt<int32_t>(base, at.key_blocks),
                    .row_length = RowLength(*blocks, num_tokens)};
+    } else if (std::holds_alternative<BlockShare>(patterns[h])) {
+      views_[h] = {.form = IndexView::Form::kBlockList,
+                   .row_offsets = share_offsets,
+                   .key_blocks = share_lists_.key_blocks};
+      share_offsets += RowBlocksOf(num_tokens) + 1;
     }
   }
   return absl::OkStatus();

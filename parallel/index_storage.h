@@ -23,6 +23,21 @@ struct VerticalSlashBudget {
 // Key blocks that a row block of a block-sparse head keeps at most.
 int64_t RowLength(const BlockSparse& pattern, int64_t num_tokens);
 
+// Block-share heads have lists of any length, which only the device knows. So that memory is planned without
+// them, the lists of a layer share one array with room for so many key blocks for each row block of each
+// head, in the mean; nothing overflows up to 65,536 tokens, whatever is selected, and a density of 6 % does
+// not at 1,048,576. Lists that need more are an error (share_selector.h).
+inline constexpr int64_t kMeanShareListBlocks = 513;
+int64_t ShareListCapacity(int64_t num_tokens, int64_t num_heads);
+
+// Where they go, in the backend's memory.
+struct ShareLists {
+  int64_t* row_offsets = nullptr;  // [block-share heads, row blocks + 1]
+  int32_t* key_blocks = nullptr;   // [capacity]
+  int64_t capacity = 0;
+  int64_t* num_entries = nullptr;  // [1], of all lists, also of what did not fit
+};
+
 // The index of a layer in a backend's memory, sized by the budgets of its patterns. Heads that select
 // something are written by the selectors; those that do not (dense, A-shape, any of an empty prompt) are
 // complete after Allocate, and are kept for following layers with the same ones.
@@ -41,10 +56,11 @@ class IndexStorage {
   // Where a vertical-slash head goes, and where a block-sparse one: [row blocks, RowLength].
   const IndexBuffers& buffers(size_t head) const { return buffers_[head]; }
   int32_t* key_blocks(size_t head) const { return const_cast<int32_t*>(views_[head].key_blocks); }
+  const ShareLists& share_lists() const { return share_lists_; }
 
   // What the host learns at the end, in the backend's memory. [num_q_heads] each: pairs of the index, pairs
   // of the lists that published kernels would select for block-sparse heads, list lengths of vertical-slash
-  // heads.
+  // heads. One for all: the entries of the block-share heads' lists (share_lists().num_entries).
   PairCounts* covered() const { return report_; }
   PairCounts* published() const { return report_ + views_.size(); }
   IndexCounts* counts() const { return reinterpret_cast<IndexCounts*>(cuts() + 2 * views_.size()); }
@@ -53,15 +69,17 @@ class IndexStorage {
   absl::Status ZeroReport(Backend& backend) const;
 
  private:
+  void DropOtherStatic(int64_t num_tokens, std::span<const HeadPattern> patterns);
   absl::Status PackStatic(Backend& backend, int64_t num_tokens, std::span<const HeadPattern> patterns);
 
   Buffer selected_;
   std::vector<IndexView> views_;
   std::vector<IndexBuffers> buffers_;
+  ShareLists share_lists_;
   PairCounts* report_ = nullptr;
 
   Buffer static_;
-  int64_t static_num_tokens_ = -1;
+  int64_t static_num_tokens_ = -1;            // -1: static_ is of no layer
   std::vector<HeadPattern> static_patterns_;  // of the whole layer that static_ was packed for
   std::vector<IndexView> static_views_;       // [num_q_heads]
   std::vector<PairCounts> static_pairs_;
@@ -81,6 +99,7 @@ class IndexReport {
   const IndexCounts& counts(size_t head) const {
     return reinterpret_cast<const IndexCounts*>(cuts() + 2 * num_heads_)[head];
   }
+  int64_t share_entries() const { return static_cast<int64_t>(words_.back()); }
 
  private:
   const PairCounts* pairs() const { return reinterpret_cast<const PairCounts*>(words_.data()); }

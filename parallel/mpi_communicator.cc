@@ -494,6 +494,13 @@ class MpiCommunicator final : public Communicator {
   }
 
   void Abort(const absl::Status& reason) override { process_->Break(reason); }
+  absl::Status Health() override {
+    if (!process_->error().broken()) {
+      std::lock_guard<std::mutex> lock(process_->mutex());
+      process_->PollAbort();
+    }
+    return process_->error().status();
+  }
   int64_t bytes_sent() const override { return bytes_sent_.load(std::memory_order_relaxed); }
   double seconds() const override {
     return static_cast<double>(nanoseconds_.load(std::memory_order_relaxed)) * 1e-9;
@@ -513,11 +520,7 @@ class MpiCommunicator final : public Communicator {
 
   // Peers wait for this rank's call, so a bad argument here ends the group.
   absl::Status Usable(const absl::Status& arguments) {
-    if (!process_->error().broken()) {
-      std::lock_guard<std::mutex> lock(process_->mutex());
-      process_->PollAbort();
-    }
-    LF_RETURN_IF_ERROR(report_.Check(process_->error(), name(), rank_));
+    LF_RETURN_IF_ERROR(report_.Check(Health(), name(), rank_));
     if (!arguments.ok()) process_->Break(arguments);
     return arguments;
   }
@@ -539,7 +542,7 @@ class MpiCommunicator final : public Communicator {
     absl::Status status = Move(kind, pieces, type, op, root);
     if (status.ok()) return status;
     process_->Break(status);
-    return report_.Check(process_->error(), name(), rank_);
+    return report_.Check(Health(), name(), rank_);
   }
 
   absl::Status Move(Kind kind, std::span<const Piece> pieces, ReduceType type, ReduceOp op, int root) {
@@ -630,7 +633,50 @@ class MpiCommunicator final : public Communicator {
   std::atomic<int64_t> nanoseconds_{0};
 };
 
+// "Open MPI 4.1.4"
+std::string CompiledWith() {
+#if defined(OPEN_MPI)
+  return absl::StrCat("Open MPI ", OMPI_MAJOR_VERSION, ".", OMPI_MINOR_VERSION, ".", OMPI_RELEASE_VERSION);
+#elif defined(MPICH_VERSION)
+  return absl::StrCat("MPICH ", MPICH_VERSION);
+#else
+  return absl::StrCat("MPI ", MPI_VERSION, ".", MPI_SUBVERSION);
+#endif
+}
+
+std::string ThreadLevelName(int level) {
+  switch (level) {
+    case MPI_THREAD_SINGLE:
+      return "MPI_THREAD_SINGLE";
+    case MPI_THREAD_FUNNELED:
+      return "MPI_THREAD_FUNNELED";
+    case MPI_THREAD_SERIALIZED:
+      return "MPI_THREAD_SERIALIZED";
+    default:
+      return "MPI_THREAD_MULTIPLE";
+  }
+}
+
 }  // namespace
+
+MpiFacts ReadMpiFacts() {
+  MpiFacts facts;
+  facts.compiled_with = CompiledWith();
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = {};
+  int length = 0;
+  MPI_Get_library_version(text, &length);  // the one call that needs no MPI_Init
+  const std::string_view all(text, static_cast<size_t>(length));
+  facts.library = all.substr(0, all.find_first_of(",\n"));
+  int initialized = 0;
+  int finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  int level = MPI_THREAD_SINGLE;
+  if (initialized != 0 && finalized == 0 && MPI_Query_thread(&level) == MPI_SUCCESS) {
+    facts.thread_level = ThreadLevelName(level);
+  }
+  return facts;
+}
 
 struct MpiSession::Impl {
   std::shared_ptr<MpiProcess> process;  // nullptr without a launcher
@@ -660,8 +706,8 @@ absl::StatusOr<std::unique_ptr<MpiSession>> MpiSession::Start(const MpiOptions& 
   }
   if (provided < MPI_THREAD_SERIALIZED) {
     MPI_Finalize();
-    return absl::FailedPreconditionError(absl::StrCat("MPI gives thread level ", provided, ", needed is ",
-                                                      MPI_THREAD_SERIALIZED, " (MPI_THREAD_SERIALIZED)"));
+    return absl::FailedPreconditionError(absl::StrCat(
+        "MPI gives the thread level ", ThreadLevelName(provided), ", needed is MPI_THREAD_SERIALIZED"));
   }
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   int rank = 0;

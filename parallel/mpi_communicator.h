@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "kernels/base/status.h"
 #include "parallel/communicator.h"
@@ -24,6 +25,15 @@ struct MpiOptions {
   // 2^30.
   int64_t max_message_bytes = int64_t{1} << 20;
 };
+
+// Which MPI this is.
+struct MpiFacts {
+  std::string compiled_with;  // "Open MPI 4.1.4", of the header; "MPI 3.1" for one that does not say its name
+  std::string library;        // what the library that is loaded calls itself: "Open MPI v4.1.4"
+  std::string thread_level;   // that it gives: "MPI_THREAD_SERIALIZED"; empty: MPI was not started
+};
+// Before, in and after a session.
+MpiFacts ReadMpiFacts();
 
 // MPI_Init to MPI_Finalize; at most one in the life of a process. Lives longer than its communicators.
 class MpiSession {

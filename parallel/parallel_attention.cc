@@ -1,6 +1,8 @@
 #include "parallel/parallel_attention.h"
 
 #include <algorithm>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -26,19 +28,26 @@ struct RoundHeads {
   std::vector<int32_t> kv;  // ascending, unique
 };
 
-std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per_kv,
-                                   int64_t kv_heads_at_once) {
+// `neighbours`: the heads of a round must follow one another, since they are used where they lie.
+std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per_kv, int64_t kv_heads_at_once,
+                                   bool neighbours) {
   std::vector<RoundHeads> rounds;
   for (const int32_t head : heads) {
     const int32_t kv = static_cast<int32_t>(head / q_per_kv);
-    const bool known = !rounds.empty() && rounds.back().kv.back() == kv;
-    if (!known && (rounds.empty() || static_cast<int64_t>(rounds.back().kv.size()) == kv_heads_at_once)) {
-      rounds.emplace_back();
-    }
-    if (!known) rounds.back().kv.push_back(kv);
+    if (rounds.empty() || (neighbours && head != rounds.back().q.back() + 1)) rounds.emplace_back();
+    const auto known = [&] { return !rounds.back().kv.empty() && rounds.back().kv.back() == kv; };
+    if (!known() && static_cast<int64_t>(rounds.back().kv.size()) == kv_heads_at_once) rounds.emplace_back();
+    if (!known()) rounds.back().kv.push_back(kv);
     rounds.back().q.push_back(head);
   }
   return rounds;
+}
+
+std::vector<int32_t> HeadsOf(const ParallelAttentionParams& params, int64_t num_q_heads) {
+  if (!params.heads.empty()) return {params.heads.begin(), params.heads.end()};
+  std::vector<int32_t> all(static_cast<size_t>(num_q_heads));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
 }
 
 }  // namespace
@@ -50,17 +59,25 @@ class ParallelAttention::AttentionRun {
       : owner_(owner),
         kernels_(owner.backend_.kernels()),
         stream_(owner.backend_.stream()),
+        exchange_(*owner.exchange_stream_),
         head_group_(*owner.head_group_),
         sequence_group_(*owner.sequence_group_),
         geometry_(owner.geometry_),
         plan_(plan),
         rank_(owner.world_.rank()),
         params_(params),
-        layout_(kernels_, geometry_, plan),
+        layout_(kernels_, geometry_, plan, owner.options_.round_bytes,
+                static_cast<int64_t>(params.sampled.size())),
         width_(geometry_.head_dim),
         element_(DTypeBytes(kernels_.compute_dtype())),
         local_rows_(plan.NumTokens(rank_)),
-        group_rows_(plan.GroupNumTokens(plan.SequenceIndex(rank_))) {}
+        group_rows_(plan.GroupNumTokens(plan.SequenceIndex(rank_))) {
+    const PositionMap rows = plan.GroupPositions(plan.SequenceIndex(rank_));
+    for (size_t i = 0; i < params.sampled.size(); ++i) {
+      const int64_t row = rows.RowsBelow(params.sampled[i]);
+      if (row < group_rows_ && rows.Position(row) == params.sampled[i]) own_sampled_.push_back({i, row});
+    }
+  }
 
   absl::Status Allocate() {
     LF_ASSIGN_OR_RETURN(memory_,
@@ -71,109 +88,229 @@ class ParallelAttention::AttentionRun {
   absl::StatusOr<ParallelAttentionStats> Execute() {
     owner_.attention_timer_.Reset();
     owner_.communication_timer_.Reset();
+    owner_.exposed_timer_.Reset();
     auto& counts = owner_.counts_;
     LF_RETURN_IF_ERROR(kernels_.Zero(Piece<void>(layout_.counts), sizeof(counts), stream_));
-    LF_RETURN_IF_ERROR(ZeroTails());
     PlaceRounds();
-    for (size_t round = 0; round < num_rounds_; ++round) LF_RETURN_IF_ERROR(ExecuteRound(round));
+    const absl::Status executed = ExecuteRounds();
+    // Memory goes back in the order of the main stream, also after an error.
+    const absl::Status joined = WaitForExchanges();
+    LF_RETURN_IF_ERROR(executed);
+    LF_RETURN_IF_ERROR(joined);
     LF_RETURN_IF_ERROR(stream_.Sync());  // with its deadline, which a copy to pageable memory has not
     LF_RETURN_IF_ERROR(kernels_.CopyOut(counts.data(), Piece<void>(layout_.counts), sizeof(counts), stream_));
+    std::vector<float>& sampled = owner_.sampled_lse_;
+    sampled.resize(computed_heads_.size() * own_sampled_.size());
+    if (!sampled.empty()) {
+      const auto bytes = static_cast<int64_t>(sampled.size() * sizeof(float));
+      LF_RETURN_IF_ERROR(kernels_.CopyOut(sampled.data(), Piece<void>(layout_.sampled_lse), bytes, stream_));
+    }
     LF_RETURN_IF_ERROR(stream_.Sync());
     if (stopped_) return absl::CancelledError("attention was stopped");
-    ParallelAttentionStats stats{.covered_pairs = counts[0], .computed_pairs = counts[1]};
+    ParallelAttentionStats stats{
+        .covered_pairs = counts[0], .computed_pairs = counts[1], .sampled_lse = SampledLse()};
     LF_ASSIGN_OR_RETURN(stats.attention_seconds, owner_.attention_timer_.Seconds());
     LF_ASSIGN_OR_RETURN(stats.communication_seconds, owner_.communication_timer_.Seconds());
+    LF_ASSIGN_OR_RETURN(stats.exposed_seconds, owner_.exposed_timer_.Seconds());
     return stats;
   }
 
  private:
   using HeadLists = std::vector<std::span<const int32_t>>;  // of each member of the head group
+  // What a round computes with.
+  struct RoundInput {
+    HeadsView<const void> q, k, v;
+  };
+  // Where its results go.
+  struct RoundOutput {
+    HeadsView<void> out;
+    float* lse = nullptr;  // [heads, head group's rows], or nullptr
+  };
+  struct SampledRow {
+    size_t place = 0;  // in ParallelAttentionParams::sampled
+    int64_t row = 0;   // of the head group
+  };
+
+  bool exchanges() const { return layout_.head_exchange || layout_.sequence_exchange; }
+  const AttentionLayout::Received& Received(size_t round) const { return layout_.received[round % 2]; }
+
+  // The exchange of a round is enqueued before attention of the one before, and so runs beside it. All ranks
+  // give their exchanges in the same order.
+  absl::Status ExecuteRounds() {
+    if (exchanges()) {
+      LF_RETURN_IF_ERROR(owner_.inputs_ready_->Record(stream_));
+      LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.inputs_ready_));
+      LF_RETURN_IF_ERROR(ZeroTails());
+      if (num_rounds_ > 0) LF_RETURN_IF_ERROR(Receive(0));
+    }
+    for (size_t round = 0; round < num_rounds_; ++round) {
+      const bool another = exchanges() && round + 1 < num_rounds_;
+      if (another && !layout_.one_place) LF_RETURN_IF_ERROR(Receive(round + 1));
+      LF_RETURN_IF_ERROR(Attend(round));
+      if (layout_.head_exchange) LF_RETURN_IF_ERROR(Return(round));
+      if (another && layout_.one_place) LF_RETURN_IF_ERROR(Receive(round + 1));
+    }
+    return absl::OkStatus();
+  }
 
   // Rows of a prompt in whole blocks: those that no exchange writes stay 0.
   absl::Status ZeroTails() {
-    if (!layout_.head_exchange && !layout_.sequence_exchange) return absl::OkStatus();
     const int64_t tail = layout_.padded_tokens - plan_.num_tokens();
     for (int64_t head = 0; head < layout_.kv_heads && tail > 0; ++head) {
       const int64_t at = RowBytes(head * layout_.padded_tokens + plan_.num_tokens());
-      for (const int64_t buffer : {layout_.all_k, layout_.all_v}) {
-        LF_RETURN_IF_ERROR(kernels_.Zero(Piece<char>(buffer) + at, RowBytes(tail), stream_));
+      for (const AttentionLayout::Received& place : layout_.received) {
+        for (const int64_t buffer : {place.all_k, place.all_v}) {
+          LF_RETURN_IF_ERROR(kernels_.Zero(Piece<char>(buffer) + at, RowBytes(tail), exchange_));
+        }
       }
     }
     return absl::OkStatus();
   }
 
   void PlaceRounds() {
+    const std::vector<int32_t> all = HeadsOf(params_, geometry_.num_q_heads);
     std::vector<int64_t> cost;
     std::vector<int32_t> kv_head;
-    for (int64_t h = 0; h < geometry_.num_q_heads; ++h) {
-      cost.push_back(params_.pairs[h].covered);
-      kv_head.push_back(static_cast<int32_t>(h / geometry_.q_per_kv()));
+    for (const int32_t head : all) {
+      cost.push_back(params_.pairs[head].covered);
+      kv_head.push_back(static_cast<int32_t>(head / geometry_.q_per_kv()));
     }
     const HeadPlacement placement = PlaceHeads(cost, kv_head, plan_.mesh().head);
-    for (const std::vector<int32_t>& heads : placement.heads) {
-      rounds_.push_back(MakeRounds(heads, geometry_.q_per_kv(), layout_.kv_heads));
+    for (std::vector<int32_t> heads : placement.heads) {
+      for (int32_t& head : heads) head = all[head];
+      rounds_.push_back(MakeRounds(heads, geometry_.q_per_kv(), layout_.kv_heads, !layout_.head_exchange));
       num_rounds_ = std::max(num_rounds_, rounds_.back().size());
     }
     for (std::vector<RoundHeads>& rounds : rounds_) rounds.resize(num_rounds_);
   }
 
-  absl::Status ExecuteRound(size_t round) {
+  // Enqueues what brings a round's heads here. Its place was last read by attention two rounds before, or by
+  // that of the round before where there is one place.
+  absl::Status Receive(size_t round) {
     const RoundHeads& mine = rounds_[plan_.HeadIndex(rank_)][round];
-    HeadsView<const void> q = FromHead(params_.q, mine.q);
-    HeadsView<const void> k = FromHead(params_.k, mine.kv);
-    HeadsView<const void> v = FromHead(params_.v, mine.kv);
-    if (layout_.head_exchange || layout_.sequence_exchange) {
-      LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(stream_));
-      if (layout_.head_exchange) LF_RETURN_IF_ERROR(ExchangeHeads(round, &q, &k, &v));
-      if (layout_.sequence_exchange && !mine.kv.empty()) {  // members of a sequence group have equal heads
-        const auto num_heads = static_cast<int64_t>(mine.kv.size());
-        LF_RETURN_IF_ERROR(GatherSequence(num_heads, Dense(layout_.all_k, layout_.padded_tokens), &k));
-        LF_RETURN_IF_ERROR(GatherSequence(num_heads, Dense(layout_.all_v, layout_.padded_tokens), &v));
-      }
-      LF_RETURN_IF_ERROR(owner_.communication_timer_.End(stream_));
+    const size_t turns = layout_.one_place ? 1 : 2;
+    if (round >= turns) LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.attended_[(round - turns) % 2]));
+    RoundInput& input = inputs_[round % 2];
+    input = OwnInput(mine);
+    LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
+    if (layout_.head_exchange) LF_RETURN_IF_ERROR(ExchangeHeads(round, &input));
+    if (layout_.sequence_exchange && !mine.kv.empty()) {  // members of a sequence group have equal heads
+      const auto num_heads = static_cast<int64_t>(mine.kv.size());
+      LF_RETURN_IF_ERROR(
+          GatherSequence(num_heads, Dense(Received(round).all_k, layout_.padded_tokens), &input.k));
+      LF_RETURN_IF_ERROR(
+          GatherSequence(num_heads, Dense(Received(round).all_v, layout_.padded_tokens), &input.v));
     }
-    HeadsView<void> out{Piece<void>(layout_.out), width_, static_cast<int64_t>(mine.q.size()) * width_};
+    LF_RETURN_IF_ERROR(owner_.communication_timer_.End(exchange_));
+    return owner_.received_[round % 2]->Record(exchange_);
+  }
+
+  // This rank's own rows of a round's heads.
+  RoundInput OwnInput(const RoundHeads& heads) const {
+    return {FromHead(params_.q, heads.q), FromHead(params_.k, heads.kv), FromHead(params_.v, heads.kv)};
+  }
+
+  absl::Status Attend(size_t round) {
+    const RoundHeads& mine = rounds_[plan_.HeadIndex(rank_)][round];
+    RoundInput input = OwnInput(mine);
+    if (exchanges()) {
+      LF_RETURN_IF_ERROR(WaitExposed(*owner_.received_[round % 2]));
+      input = inputs_[round % 2];
+    }
+    RoundOutput output;
+    output.out = {Piece<void>(Received(round).out), width_, static_cast<int64_t>(mine.q.size()) * width_};
+    if (!own_sampled_.empty()) output.lse = Piece<float>(layout_.lse);
     if (!layout_.head_exchange) {
-      out = {Advance(params_.out, mine.q.front() * width_, kernels_.compute_dtype()), width_,
-             geometry_.num_q_heads * width_};
+      output.out = {Advance(params_.out, mine.q.front() * width_, kernels_.compute_dtype()), width_,
+                    geometry_.num_q_heads * width_};
     }
+    const bool beside_exchange = exchanges() && num_rounds_ > 1;
+    cta_limit_ = beside_exchange ? owner_.options_.ctas_beside_exchange : 0;
     LF_RETURN_IF_ERROR(owner_.attention_timer_.Begin(stream_));
-    LF_RETURN_IF_ERROR(Compute(mine, q, k, v, out));
+    LF_RETURN_IF_ERROR(Compute(mine, input, output));
     LF_RETURN_IF_ERROR(owner_.attention_timer_.End(stream_));
-    if (!layout_.head_exchange) return absl::OkStatus();
-    LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(stream_));
+    LF_RETURN_IF_ERROR(owner_.attended_[round % 2]->Record(stream_));
+    return KeepSampled(mine);
+  }
+
+  // The round's lse of the sampled rows, before the next round writes over them.
+  absl::Status KeepSampled(const RoundHeads& heads) {
+    constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
+    const auto num_rows = static_cast<int64_t>(own_sampled_.size());
+    float* to = Piece<float>(layout_.sampled_lse) + static_cast<int64_t>(computed_heads_.size()) * num_rows;
+    for (const SampledRow& sampled : own_sampled_) {
+      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = to++,
+                                          .to_pitch = num_rows * kFloat,
+                                          .from = Piece<float>(layout_.lse) + sampled.row,
+                                          .from_pitch = group_rows_ * kFloat,
+                                          .row_bytes = kFloat,
+                                          .rows = static_cast<int64_t>(heads.q.size())},
+                                         stream_));
+    }
+    computed_heads_.insert(computed_heads_.end(), heads.q.begin(), heads.q.end());
+    return absl::OkStatus();
+  }
+
+  // ParallelAttentionStats::sampled_lse, once the device's part of it is here.
+  std::vector<float> SampledLse() const {
+    const size_t columns = params_.sampled.size();
+    std::vector<float> lse(static_cast<size_t>(geometry_.num_q_heads) * columns,
+                           -std::numeric_limits<float>::infinity());
+    const float* from = owner_.sampled_lse_.data();
+    for (const int32_t head : computed_heads_) {
+      for (const SampledRow& sampled : own_sampled_) {
+        lse[static_cast<size_t>(head) * columns + sampled.place] = *from++;
+      }
+    }
+    return lse;
+  }
+
+  // Enqueues what takes a round's results back to their tokens.
+  absl::Status Return(size_t round) {
+    LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.attended_[round % 2]));
+    LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
     LF_RETURN_IF_ERROR(HeadsToTokens(round));
-    return owner_.communication_timer_.End(stream_);
+    return owner_.communication_timer_.End(exchange_);
+  }
+
+  absl::Status WaitForExchanges() {
+    if (!exchanges()) return absl::OkStatus();
+    LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
+    return WaitExposed(*owner_.exchanges_ended_);
+  }
+
+  // The main stream waits; what it has to wait is exposed.
+  absl::Status WaitExposed(const Event& event) {
+    LF_RETURN_IF_ERROR(owner_.exposed_timer_.Begin(stream_));
+    LF_RETURN_IF_ERROR(stream_.WaitFor(event));
+    return owner_.exposed_timer_.End(stream_);
   }
 
   // The round's heads of all tokens of the head group, in place of all heads of this rank's.
-  absl::Status ExchangeHeads(size_t round, HeadsView<const void>* q, HeadsView<const void>* k,
-                             HeadsView<const void>* v) {
+  absl::Status ExchangeHeads(size_t round, RoundInput* input) {
     HeadLists q_lists, kv_lists;
     for (const std::vector<RoundHeads>& rounds : rounds_) {
       q_lists.push_back(rounds[round].q);
       kv_lists.push_back(rounds[round].kv);
     }
-    const HeadsView<void> q_to = Dense(layout_.q, group_rows_);
+    const AttentionLayout::Received& place = Received(round);
+    const HeadsView<void> q_to = Dense(place.q, group_rows_);
     const HeadsView<void> k_to = layout_.sequence_exchange ? Dense(layout_.group_k, group_rows_)
-                                                           : Dense(layout_.all_k, layout_.padded_tokens);
+                                                           : Dense(place.all_k, layout_.padded_tokens);
     const HeadsView<void> v_to = layout_.sequence_exchange ? Dense(layout_.group_v, group_rows_)
-                                                           : Dense(layout_.all_v, layout_.padded_tokens);
+                                                           : Dense(place.all_v, layout_.padded_tokens);
     LF_RETURN_IF_ERROR(TokensToHeads(params_.q, q_lists, q_to));
     LF_RETURN_IF_ERROR(TokensToHeads(params_.k, kv_lists, k_to));
     LF_RETURN_IF_ERROR(TokensToHeads(params_.v, kv_lists, v_to));
-    *q = q_to;
-    *k = k_to;
-    *v = v_to;
+    *input = {q_to, k_to, v_to};
     return absl::OkStatus();
   }
 
   // Attention of the round's heads in launches of bounded length: all heads at once where one block of rows
   // of them is short enough, so that the device is full, else those of one KV head at a time.
-  absl::Status Compute(const RoundHeads& mine, HeadsView<const void> q, HeadsView<const void> k,
-                       HeadsView<const void> v, HeadsView<void> out) {
+  absl::Status Compute(const RoundHeads& mine, const RoundInput& input, const RoundOutput& output) {
     if (RowFlops(mine.q) * static_cast<double>(kTokenBlock) <= LaunchFlops()) {
-      return ComputeHeads(mine, q, k, v, out);
+      return ComputeHeads(mine, input, output);
     }
     size_t q_begin = 0;
     for (size_t j = 0; j < mine.kv.size(); ++j) {
@@ -181,39 +318,53 @@ class ParallelAttention::AttentionRun {
       for (size_t i = q_begin; i < mine.q.size() && mine.q[i] / geometry_.q_per_kv() == mine.kv[j]; ++i) {
         part.q.push_back(mine.q[i]);
       }
+      RoundOutput to = {AtHead(output.out, q_begin), output.lse};
+      if (to.lse != nullptr) to.lse += static_cast<int64_t>(q_begin) * group_rows_;
       LF_RETURN_IF_ERROR(
-          ComputeHeads(part, AtHead(q, q_begin), AtHead(k, j), AtHead(v, j), AtHead(out, q_begin)));
+          ComputeHeads(part, {AtHead(input.q, q_begin), AtHead(input.k, j), AtHead(input.v, j)}, to));
       q_begin += part.q.size();
     }
     return absl::OkStatus();
   }
 
-  absl::Status ComputeHeads(const RoundHeads& heads, HeadsView<const void> q, HeadsView<const void> k,
-                            HeadsView<const void> v, HeadsView<void> out) {
-    std::vector<IndexView> indices;
+  absl::Status ComputeHeads(const RoundHeads& heads, const RoundInput& input, const RoundOutput& output) {
     std::vector<int32_t> kv_head;
     for (const int32_t head : heads.q) {
-      indices.push_back(params_.indices[head]);
       const auto kv = std::find(heads.kv.begin(), heads.kv.end(), head / geometry_.q_per_kv());
       kv_head.push_back(static_cast<int32_t>(kv - heads.kv.begin()));
     }
     AttentionParams launch;
-    launch.q = q;
-    launch.k = k;
-    launch.v = v;
-    launch.out = out;
+    launch.q = input.q;
+    launch.k = input.k;
+    launch.v = input.v;
+    launch.out = output.out;
+    launch.lse = output.lse;
+    launch.lse_head_stride = group_rows_;
     launch.num_q_heads = static_cast<int64_t>(heads.q.size());
     launch.num_kv_heads = static_cast<int64_t>(heads.kv.size());
     launch.kv_head = kv_head;
     launch.head_dim = width_;
     launch.scale = geometry_.scale;
+    launch.cta_limit = cta_limit_;
     const double blocks = LaunchFlops() / (RowFlops(heads.q) * static_cast<double>(kTokenBlock) + 1);
-    const int64_t step =
-        kTokenBlock * static_cast<int64_t>(std::clamp(blocks, 1.0, static_cast<double>(1 << 20)));
-    for (int64_t row = 0; row < group_rows_ && !heads.q.empty(); row += step) {
-      LF_RETURN_IF_ERROR(Launch(launch, row, std::min(row + step, group_rows_), indices));
+    int64_t step = kTokenBlock * static_cast<int64_t>(std::clamp(blocks, 1.0, static_cast<double>(1 << 20)));
+    if (split()) step = std::min(step, layout_.rotated_rows);
+    const PositionMap positions = plan_.GroupPositions(plan_.SequenceIndex(rank_));
+    for (int64_t row = 0; row < group_rows_ && !heads.q.empty();) {
+      const int64_t chunk = dual_chunk().ChunkOf(positions.Position(row), plan_.num_tokens());
+      const int64_t chunk_end = positions.RowsBelow(dual_chunk().Tokens(chunk, plan_.num_tokens()).end);
+      const int64_t end = std::min(row + step, chunk_end);
+      LF_RETURN_IF_ERROR(Launch(launch, row, end, chunk, IndicesOf(heads.q, chunk)));
+      row = end;
     }
     return absl::OkStatus();
+  }
+
+  std::vector<IndexView> IndicesOf(std::span<const int32_t> heads, int64_t chunk) const {
+    std::vector<IndexView> indices;
+    indices.reserve(heads.size());
+    for (const int32_t head : heads) indices.push_back(params_.indices[chunk * geometry_.num_q_heads + head]);
+    return indices;
   }
 
   double LaunchFlops() const {
@@ -227,9 +378,9 @@ class ParallelAttention::AttentionRun {
     return 4.0 * static_cast<double>(width_) * 2.0 * pairs / static_cast<double>(plan_.num_tokens());
   }
 
-  // Rows [begin, end) of the head group; begin is a multiple of the token block. Waits until at most one
-  // launch is on its way.
-  absl::Status Launch(AttentionParams launch, int64_t begin, int64_t end,
+  // Rows [begin, end) of the head group, of one chunk; begin is a multiple of the token block. Waits until at
+  // most one launch is on its way.
+  absl::Status Launch(AttentionParams launch, int64_t begin, int64_t end, int64_t chunk,
                       std::span<const IndexView> indices) {
     Event& ended = *owner_.launch_ended_[num_launches_ % owner_.launch_ended_.size()];
     if (num_launches_ >= owner_.launch_ended_.size()) LF_RETURN_IF_ERROR(ended.Wait());
@@ -248,11 +399,43 @@ class ParallelAttention::AttentionRun {
     launch.sequences = {&sequence, 1};
     launch.covered_pairs = Piece<int64_t>(layout_.counts);
     launch.computed_pairs = launch.covered_pairs + 1;
-    const Workspace workspace{Piece<void>(layout_.workspace), layout_.workspace_bytes};
-    LF_RETURN_IF_ERROR(kernels_.Attention(launch, workspace, stream_));
+    LF_RETURN_IF_ERROR(split() ? AttendParts(launch, sequence, chunk)
+                               : kernels_.Attention(launch, workspace(), stream_));
     ++num_launches_;
     return ended.Record(stream_);
   }
+
+  // The rows of `sequence`, which are of one of dual chunks: with each part of the keys in turn, for which
+  // their queries are rotated, merged by lse.
+  absl::Status AttendParts(AttentionParams launch, AttentionSequence sequence, int64_t chunk) {
+    const int64_t rows = sequence.q_end - sequence.q_begin;
+    HeadsView<const void> q = launch.q;
+    q.data = Advance(q.data, sequence.q_begin * q.row_stride, kernels_.compute_dtype());
+    const ChunkQueries queries{chunk, q, launch.num_q_heads, rows, sequence.q_positions};
+    launch.q = Dense(layout_.rotated_q, rows);
+    launch.out.data =
+        Advance(launch.out.data, sequence.q_begin * launch.out.row_stride, kernels_.compute_dtype());
+    launch.lse = Piece<float>(layout_.rotated_lse);
+    launch.lse_head_stride = rows;
+    launch.sequences = {&sequence, 1};
+    sequence.q_begin = 0;
+    sequence.q_end = rows;
+    for (const ChunkPart part : kChunkParts) {
+      const TokenRange keys = dual_chunk().Keys(part, chunk, plan_.num_tokens());
+      if (keys.begin == keys.end) continue;
+      LF_RETURN_IF_ERROR(RotateQueries(kernels_, dual_chunk(), params_.query_rotary, part,
+                                       /*critical=*/false, queries, Piece<void>(layout_.rotated_q), stream_));
+      sequence.key_range_begin = keys.begin;
+      sequence.key_range_end = keys.end;
+      launch.merge = part != ChunkPart::kIntra;
+      LF_RETURN_IF_ERROR(kernels_.Attention(launch, workspace(), stream_));
+    }
+    return absl::OkStatus();
+  }
+
+  const DualChunk& dual_chunk() const { return geometry_.dual_chunk; }
+  bool split() const { return dual_chunk().Splits(plan_.num_tokens()); }
+  Workspace workspace() const { return {Piece<void>(layout_.workspace), layout_.workspace_bytes}; }
 
   // All-to-all of the head group: from[all heads][own tokens] to to[own heads of the lists][rows of the
   // group].
@@ -264,12 +447,12 @@ class ParallelAttention::AttentionRun {
       char* send = Piece<char>(layout_.send);
       const TokenRange rows = Slice(local_rows_, block, layout_.head_slice);
       for (int m = 0; m < members; ++m) {
-        LF_ASSIGN_OR_RETURN(send, PackHeads(kernels_, from, lists[m], rows, width_, send, stream_));
+        LF_ASSIGN_OR_RETURN(send, PackHeads(kernels_, from, lists[m], rows, width_, send, exchange_));
         send_bytes[m] = static_cast<int64_t>(lists[m].size()) * RowBytes(rows);
         recv_bytes[m] = my_heads * RowBytes(Slice(MemberRows(m), block, layout_.head_slice));
       }
       LF_RETURN_IF_ERROR(head_group_.AllToAll(Piece<void>(layout_.send), send_bytes,
-                                              Piece<void>(layout_.recv), recv_bytes, stream_));
+                                              Piece<void>(layout_.recv), recv_bytes, exchange_));
       const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(MemberRows(m), block, layout_.head_slice);
@@ -293,13 +476,13 @@ class ParallelAttention::AttentionRun {
         const TokenRange theirs = Slice(MemberRows(m), block, layout_.head_slice);
         send_bytes[m] = (theirs.end - theirs.begin) * my_row;
         recv_bytes[m] = static_cast<int64_t>(rounds_[m][round].q.size()) * RowBytes(rows);
-        const char* from = Piece<char>(layout_.out) + (block * members + m) * block_bytes;
+        const char* from = Piece<char>(Received(round).out) + (block * members + m) * block_bytes;
         LF_RETURN_IF_ERROR(CopyBlocks(kernels_, send, block_bytes, from, members * block_bytes, block_bytes,
-                                      send_bytes[m], stream_));
+                                      send_bytes[m], exchange_));
         send += send_bytes[m];
       }
       LF_RETURN_IF_ERROR(head_group_.AllToAll(Piece<void>(layout_.send), send_bytes,
-                                              Piece<void>(layout_.recv), recv_bytes, stream_));
+                                              Piece<void>(layout_.recv), recv_bytes, exchange_));
       const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         LF_RETURN_IF_ERROR(PlaceColumns(received, rounds_[m][round].q, rows));
@@ -323,7 +506,7 @@ class ParallelAttention::AttentionRun {
            .from_pitch = RowBytes(static_cast<int64_t>(heads.size())),
            .row_bytes = RowBytes(static_cast<int64_t>(end - next)),
            .rows = rows.end - rows.begin},
-          stream_));
+          exchange_));
       next = end;
     }
     return absl::OkStatus();
@@ -339,12 +522,12 @@ class ParallelAttention::AttentionRun {
     for (int64_t block = 0; block < BlocksOf(plan_.GroupNumTokens(0)); block += layout_.key_slice) {
       const TokenRange rows = Slice(group_rows_, block, layout_.key_slice);
       LF_RETURN_IF_ERROR(
-          PackHeads(kernels_, *view, heads, rows, width_, Piece<char>(layout_.send), stream_).status());
+          PackHeads(kernels_, *view, heads, rows, width_, Piece<char>(layout_.send), exchange_).status());
       for (int m = 0; m < members; ++m) {
         counts_bytes[m] = num_heads * RowBytes(Slice(plan_.GroupNumTokens(m), block, layout_.key_slice));
       }
       LF_RETURN_IF_ERROR(sequence_group_.AllGather(Piece<void>(layout_.send), Piece<void>(layout_.recv),
-                                                   counts_bytes, stream_));
+                                                   counts_bytes, exchange_));
       const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(plan_.GroupNumTokens(m), block, layout_.key_slice);
@@ -364,8 +547,8 @@ class ParallelAttention::AttentionRun {
     const int64_t to_row = (rows.begin / kTokenBlock * members + member) * kTokenBlock;
     for (int64_t head = 0; head < num_heads && bytes > 0; ++head, from += bytes) {
       void* place = Advance(to.data, head * to.head_stride + to_row * width_, kernels_.compute_dtype());
-      LF_RETURN_IF_ERROR(
-          CopyBlocks(kernels_, place, members * block_bytes, from, block_bytes, block_bytes, bytes, stream_));
+      LF_RETURN_IF_ERROR(CopyBlocks(kernels_, place, members * block_bytes, from, block_bytes, block_bytes,
+                                    bytes, exchange_));
     }
     return from;
   }
@@ -404,6 +587,7 @@ class ParallelAttention::AttentionRun {
   ParallelAttention& owner_;
   KernelSet& kernels_;
   Stream& stream_;
+  Stream& exchange_;
   Communicator& head_group_;
   Communicator& sequence_group_;
   const AttentionGeometry& geometry_;
@@ -418,6 +602,10 @@ class ParallelAttention::AttentionRun {
   Buffer memory_;
   std::vector<std::vector<RoundHeads>> rounds_;  // [member of the head group][round]
   size_t num_rounds_ = 0;
+  std::array<RoundInput, 2> inputs_;  // of the rounds on their way
+  std::vector<SampledRow> own_sampled_;
+  std::vector<int32_t> computed_heads_;  // in the order of the sampled lse on the device
+  int cta_limit_ = 0;                    // of the round that is being launched
   size_t num_launches_ = 0;
   bool stopped_ = false;
 };
@@ -431,10 +619,34 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
         absl::StrCat("attention: plan for mesh ", ToString(plan.mesh()), ", groups for ", ToString(mesh)));
   }
   const size_t heads = static_cast<size_t>(geometry.num_q_heads);
-  if (params.indices.size() != heads || params.pairs.size() != heads) {
+  const auto chunks = static_cast<size_t>(geometry.dual_chunk.NumChunks(plan.num_tokens()));
+  if (params.indices.size() != chunks * heads || params.pairs.size() != heads) {
     return absl::InvalidArgumentError(absl::StrCat("attention: ", params.indices.size(), " indices and ",
                                                    params.pairs.size(), " pair counts for ", heads,
-                                                   " query heads"));
+                                                   " query heads in ", chunks, " chunks"));
+  }
+  if (geometry.dual_chunk.Splits(plan.num_tokens()) && params.query_rotary.head_dim != geometry.head_dim) {
+    return absl::InvalidArgumentError(absl::StrCat("attention: queries are rotated in rows of ",
+                                                   params.query_rotary.head_dim, ", heads have ",
+                                                   geometry.head_dim));
+  }
+  if (geometry.dual_chunk.Splits(plan.num_tokens()) && !params.sampled.empty()) {
+    return absl::UnimplementedError(
+        "attention: the lse of sampled rows is not kept with dual chunk attention");
+  }
+  for (size_t i = 0; i < params.heads.size(); ++i) {
+    const int32_t head = params.heads[i];
+    if (head < 0 || head >= geometry.num_q_heads || (i > 0 && head <= params.heads[i - 1])) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("attention: heads[", i, "] = ", head, " of ", heads, " query heads; they ascend"));
+    }
+  }
+  for (size_t i = 0; i < params.sampled.size(); ++i) {
+    const int64_t position = params.sampled[i];
+    if (position < 0 || position >= plan.num_tokens() || (i > 0 && position <= params.sampled[i - 1])) {
+      return absl::InvalidArgumentError(absl::StrCat("attention: sampled[", i, "] = ", position, " of ",
+                                                     plan.num_tokens(), " tokens; they ascend"));
+    }
   }
   const bool missing = params.q.data == nullptr || params.k.data == nullptr || params.v.data == nullptr ||
                        params.out == nullptr;
@@ -446,27 +658,33 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ParallelAttention>> ParallelAttention::Create(
-    Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry) {
+    Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry,
+    const ParallelAttentionOptions& options) {
   LF_RETURN_IF_ERROR(Validate(geometry));
   if (mesh.sequence < 1 || mesh.head < 1 || mesh.size() != world.size()) {
     return absl::InvalidArgumentError(
         absl::StrCat("mesh ", ToString(mesh), " needs ", mesh.size(), " ranks, there are ", world.size()));
   }
-  std::unique_ptr<ParallelAttention> attention(new ParallelAttention(backend, world, mesh, geometry));
+  std::unique_ptr<ParallelAttention> attention(
+      new ParallelAttention(backend, world, mesh, geometry, options));
   const ShardPlan plan(mesh, 0);
   const int s = plan.SequenceIndex(world.rank());
   const int h = plan.HeadIndex(world.rank());
   LF_ASSIGN_OR_RETURN(attention->head_group_, world.Split(s, h));
   LF_ASSIGN_OR_RETURN(attention->sequence_group_, world.Split(h, s));
-  for (std::unique_ptr<Event>& event : attention->launch_ended_) {
-    LF_ASSIGN_OR_RETURN(event, backend.NewEvent());
+  LF_ASSIGN_OR_RETURN(attention->exchange_stream_, backend.NewStream());
+  for (std::unique_ptr<Event>* event :
+       {&attention->launch_ended_[0], &attention->launch_ended_[1], &attention->inputs_ready_,
+        &attention->exchanges_ended_, &attention->received_[0], &attention->received_[1],
+        &attention->attended_[0], &attention->attended_[1]}) {
+    LF_ASSIGN_OR_RETURN(*event, backend.NewEvent());
   }
   return attention;
 }
 
 int64_t ParallelAttention::PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
-                                     const ShardPlan& plan) {
-  return AttentionLayout(kernels, geometry, plan).total_bytes;
+                                     const ShardPlan& plan, int64_t round_bytes, int64_t num_sampled) {
+  return AttentionLayout(kernels, geometry, plan, round_bytes, num_sampled).total_bytes;
 }
 
 absl::StatusOr<ParallelAttentionStats> ParallelAttention::Run(const ShardPlan& plan,

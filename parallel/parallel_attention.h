@@ -1,15 +1,17 @@
 #ifndef LONGFILL_PARALLEL_PARALLEL_ATTENTION_H_
 #define LONGFILL_PARALLEL_PARALLEL_ATTENTION_H_
 
-// Attention of one layer over a mesh {sequence, head}: tokens to heads inside the head group, keys and values
-// gathered over the sequence group, attention, heads back to tokens. One path for all meshes; groups of one
-// copy nothing.
+// Attention of one layer over a mesh {sequence, head}, plain or in dual chunks (dual_chunk.h): tokens to
+// heads inside the head group, keys and values gathered over the sequence group, attention, heads back to
+// tokens. One path for all meshes; groups of one copy nothing. KV heads are exchanged and computed in rounds:
+// while one computes on the main stream, the next one is exchanged on a stream of its own.
 
 #include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "kernels/api/backend.h"
 #include "kernels/sparse/index_view.h"
@@ -24,20 +26,40 @@ namespace longfill {
 struct ParallelAttentionParams {
   HeadsView<const void> q;     // [num_q_heads, local tokens, head_dim], rows as plan.TokenPositions(rank)
   HeadsView<const void> k, v;  // [num_kv_heads, local tokens, head_dim]
-  std::span<const IndexView> indices;  // [num_q_heads], equal on all ranks (LayerIndex::heads)
+  // [chunks, num_q_heads], equal on all ranks (LayerIndex::heads); one chunk unless dual chunks split the
+  // prompt.
+  std::span<const IndexView> indices;
   // [num_q_heads], equal on all ranks (LayerIndex::pairs); decide the placement and the length of launches.
   std::span<const PairCounts> pairs;
+  // Where dual chunks split the prompt, q is not rotated and this says how it is: RotateQueries
+  // (dual_chunk.h).
+  RotaryParams query_rotary;
   void* out = nullptr;  // [local tokens, num_q_heads * head_dim], token-major, overwritten
+  // Query heads to compute, ascending, equal on all ranks; empty: all. What `out` holds of others stays.
+  std::span<const int32_t> heads;
+  // Positions of the prompt, ascending, equal on all ranks, whose lse is wanted
+  // (ParallelAttentionStats::sampled_lse); empty: no lse is formed.
+  std::span<const int64_t> sampled;
   // Asked between launches, of which at most two are on their way; once true, the rest of the compute is
   // skipped here. May be empty.
   std::function<bool()> should_stop;
 };
 
 struct ParallelAttentionStats {
-  double attention_seconds = 0;      // both on the device
-  double communication_seconds = 0;  // exchanges with their packing and waiting
+  double attention_seconds = 0;      // all on the device
+  double communication_seconds = 0;  // exchanges with their packing and waiting for peers
+  double exposed_seconds = 0;        // in which attention waited for exchanges
   int64_t covered_pairs = 0;         // of this rank
   int64_t computed_pairs = 0;
+  // [num_q_heads, params.sampled.size()], natural log: of what this rank has computed, else -infinity, so
+  // that the maximum over all ranks is the whole. Empty where none was wanted.
+  std::vector<float> sampled_lse;
+};
+
+struct ParallelAttentionOptions {
+  int64_t round_bytes = 0;  // AttentionLayout; 0: that of the device
+  // AttentionParams::cta_limit while an exchange runs beside attention and needs SMs; 0: none is left to it.
+  int ctas_beside_exchange = 0;
 };
 
 class ParallelAttention {
@@ -45,44 +67,54 @@ class ParallelAttention {
   // Every rank of `world` calls this with an equal mesh and geometry; splits `world` into head and sequence
   // groups. `backend` and `world`, whose calls take memory of the backend, outlive the result.
   // InvalidArgument when the mesh does not match world.size().
-  static absl::StatusOr<std::unique_ptr<ParallelAttention>> Create(Backend& backend, Communicator& world,
-                                                                   const Mesh& mesh,
-                                                                   const AttentionGeometry& geometry);
+  static absl::StatusOr<std::unique_ptr<ParallelAttention>> Create(
+      Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry,
+      const ParallelAttentionOptions& options = {});
 
   // Every rank calls this with an equal plan, whose mesh is the one of Create. Works on the backend's main
-  // stream and waits for it at the end, for the pair counts. Bad arguments and missing memory are agreed on
-  // before the first exchange and leave the group usable; a later error aborts it, and peers return
-  // Unavailable. Cancelled: should_stop said so here. This rank has still taken part in every exchange, so
-  // that the group stays in step and usable; `out` is then undefined here and on peers, which the caller
-  // settles by agreeing on cancellation.
+  // stream and one beside it, and waits for both at the end, for the pair counts. Bad arguments and missing
+  // memory are agreed on before the first exchange and leave the group usable; a later error aborts it, and
+  // peers return Unavailable. Cancelled: should_stop said so here. This rank has still taken part in every
+  // exchange, so that the group stays in step and usable; `out` is then undefined here and on peers, which
+  // the caller settles by agreeing on cancellation.
   absl::StatusOr<ParallelAttentionStats> Run(const ShardPlan& plan, const ParallelAttentionParams& params);
 
-  // Bytes of the backend's memory that Run takes, on the rank that needs most. Allocates nothing.
-  static int64_t PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
-                           const ShardPlan& plan);
+  // Bytes of the backend's memory that Run takes, on the rank that needs most, with so many sampled rows.
+  // Allocates nothing.
+  static int64_t PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
+                           int64_t round_bytes = 0, int64_t num_sampled = 0);
 
  private:
   class AttentionRun;
 
   ParallelAttention(Backend& backend, Communicator& world, const Mesh& mesh,
-                    const AttentionGeometry& geometry)
+                    const AttentionGeometry& geometry, const ParallelAttentionOptions& options)
       : backend_(backend),
         world_(world),
         mesh_(mesh),
         geometry_(geometry),
+        options_(options),
         attention_timer_(backend),
-        communication_timer_(backend) {}
+        communication_timer_(backend),
+        exposed_timer_(backend) {}
 
   Backend& backend_;
   Communicator& world_;
   const Mesh mesh_;
   const AttentionGeometry geometry_;
+  const ParallelAttentionOptions options_;
   std::unique_ptr<Communicator> head_group_;      // equal sequence index, ordered by head index
   std::unique_ptr<Communicator> sequence_group_;  // equal head index, ordered by sequence index
+  std::unique_ptr<Stream> exchange_stream_;
   std::array<std::unique_ptr<Event>, 2> launch_ended_;
+  // Between the streams: where each takes over from the other, and of rounds by turns.
+  std::unique_ptr<Event> inputs_ready_, exchanges_ended_;
+  std::array<std::unique_ptr<Event>, 2> received_, attended_;
   StreamTimer attention_timer_;
   StreamTimer communication_timer_;
+  StreamTimer exposed_timer_;
   std::array<int64_t, 2> counts_{};  // of the last Run: covered, computed
+  std::vector<float> sampled_lse_;   // of the last Run: [computed heads, own sampled rows]
 };
 
 }  // namespace longfill

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "parallel/communicator_internal.h"
+#include "parallel/exchange_timer.h"
 
 namespace longfill {
 namespace {
@@ -47,7 +48,8 @@ class StagedCommunicator final : public Communicator {
       : owned_(std::move(owned)),
         host_(host),
         staging_(std::move(staging)),
-        name_(absl::StrCat("staged ", absl::string_view(host.name().data(), host.name().size()))) {}
+        name_(absl::StrCat("staged ", absl::string_view(host.name().data(), host.name().size()))),
+        timer_(staging_->backend) {}
 
   int rank() const override { return host_.rank(); }
   int size() const override { return host_.size(); }
@@ -62,7 +64,7 @@ class StagedCommunicator final : public Communicator {
       LF_RETURN_IF_ERROR(host_.Barrier(host_stream_));
       return CopyOwn(recv, send, counts_bytes[0], stream);
     }
-    return Finish([&]() -> absl::Status {
+    return Exchange(stream, [&]() -> absl::Status {
       const std::vector<int64_t> offsets = Offsets(counts_bytes);
       LF_RETURN_IF_ERROR(CopyOwn(At(recv, offsets[rank()]), send, counts_bytes[rank()], stream));
       const int64_t most = *std::max_element(counts_bytes.begin(), counts_bytes.end());
@@ -87,7 +89,7 @@ class StagedCommunicator final : public Communicator {
       return host_.AllReduce(data, count, type, op, stream);
     }
     if (size() == 1) return host_.AllReduce(nullptr, 0, type, op, host_stream_);
-    return Finish([&]() -> absl::Status {
+    return Exchange(stream, [&]() -> absl::Status {
       const int64_t element = internal::ReduceTypeBytes(type);
       const int64_t step = staging_->slice_bytes / element;
       for (int64_t begin = 0; begin == 0 || begin < count; begin += step) {
@@ -106,7 +108,7 @@ class StagedCommunicator final : public Communicator {
       return host_.Broadcast(data, bytes, root, stream);
     }
     if (size() == 1) return host_.Broadcast(nullptr, 0, root, host_stream_);
-    return Finish([&]() -> absl::Status {
+    return Exchange(stream, [&]() -> absl::Status {
       for (int64_t begin = 0; begin == 0 || begin < bytes; begin += staging_->slice_bytes) {
         const int64_t slice = std::min(staging_->slice_bytes, bytes - begin);
         if (rank() == root) {
@@ -129,7 +131,7 @@ class StagedCommunicator final : public Communicator {
       LF_RETURN_IF_ERROR(host_.Barrier(host_stream_));
       return CopyOwn(recv, send, send_bytes[0], stream);
     }
-    return Finish([&] { return AllToAllInSlices(send, send_bytes, recv, recv_bytes, stream); });
+    return Exchange(stream, [&] { return AllToAllInSlices(send, send_bytes, recv, recv_bytes, stream); });
   }
 
   absl::Status Barrier(Stream& stream) override {
@@ -147,8 +149,9 @@ class StagedCommunicator final : public Communicator {
   }
 
   void Abort(const absl::Status& reason) override { host_.Abort(reason); }
+  absl::Status Health() override { return host_.Health(); }
   int64_t bytes_sent() const override { return host_.bytes_sent(); }
-  double seconds() const override { return host_.seconds(); }
+  double seconds() const override { return host_.seconds() + timer_.seconds(); }
 
  private:
   static bool OnDevice(const Stream& stream) { return stream.device() != DeviceKind::kCpu; }
@@ -159,6 +162,16 @@ class StagedCommunicator final : public Communicator {
     absl::Status status = body();
     if (!status.ok()) internal::AbortGroup(host_, status);
     return status;
+  }
+
+  template <typename Body>
+  absl::Status Exchange(Stream& stream, const Body& body) {
+    return Finish([&]() -> absl::Status {
+      const double host_before = host_.seconds();
+      LF_RETURN_IF_ERROR(timer_.Begin(stream));
+      LF_RETURN_IF_ERROR(body());
+      return timer_.End(stream, host_.seconds() - host_before);
+    });
   }
 
   // A slice of each piece of AllGather and AllToAll: what all ranks' pieces together have room for.
@@ -221,6 +234,7 @@ class StagedCommunicator final : public Communicator {
   Communicator& host_;
   const std::shared_ptr<Staging> staging_;
   const std::string name_;
+  ExchangeTimer timer_;
   CpuStream host_stream_;
 };
 

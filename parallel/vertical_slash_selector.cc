@@ -26,9 +26,10 @@ int64_t BlocksOf(int64_t tokens) { return (tokens + kSelectionBlock - 1) / kSele
 int64_t ScoreStride(int64_t local_tokens) { return (local_tokens + 63) / 64 * 64; }
 
 // Scores, windows and overlaps of one head. Not the workspaces, which differ between ranks with the machine.
-int64_t ScoreBytesPerHead(int64_t local_tokens, bool several_ranks) {
+int64_t ScoreBytesPerHead(int64_t local_tokens, bool several_ranks, bool split) {
   return (2 * ScoreStride(local_tokens) +
-          BlocksOf(local_tokens) * (kDiagonalWindow + (several_ranks ? 3 * kDiagonalOverlap : 0))) *
+          BlocksOf(local_tokens) *
+              (kDiagonalWindow * (split ? 2 : 1) + (several_ranks ? 3 * kDiagonalOverlap : 0))) *
          kFloat;
 }
 
@@ -52,30 +53,47 @@ VerticalSlashSelector::VerticalSlashSelector(const KernelSet& kernels, const Sha
     budgets_.emplace_back(*lines, scope.num_keys());
   }
   const int64_t budget = kernels.device() == DeviceKind::kCpu ? kCpuScoreBytes : kDeviceScoreBytes;
-  const int64_t per_head = ScoreBytesPerHead(plan.NumTokens(0), plan.mesh().size() > 1);
+  const int64_t per_head = ScoreBytesPerHead(plan.NumTokens(0), plan.mesh().size() > 1, scope.split);
   heads_at_once_ =
       std::clamp<int64_t>(budget / per_head, 1, std::max<int64_t>(1, static_cast<int64_t>(heads_.size())));
 }
 
 int64_t VerticalSlashSelector::WordsPerList() const { return (scope_.num_keys() + 63) / 64; }
 
-VerticalSlashSelector::Scratch VerticalSlashSelector::ScratchFor(int64_t local_tokens) const {
+TokenRange VerticalSlashSelector::PartRows(int part, int rank) const {
+  if (!scope_.split) return {0, plan_.NumTokens(rank)};
+  const TokenRange keys = geometry_.dual_chunk.Keys(kChunkParts[part], scope_.chunk, scope_.num_keys());
+  const PositionMap positions = plan_.TokenPositions(rank);
+  return {positions.RowsBelow(keys.begin), positions.RowsBelow(keys.end)};
+}
+
+VerticalSlashSelector::Scratch VerticalSlashSelector::ScratchFor(int rank) const {
   Scratch at;
   if (heads_.empty()) return at;
+  const int64_t local_tokens = plan_.NumTokens(rank);
   const bool several_ranks = plan_.mesh().size() > 1;
   const int64_t lists = 2 * heads_at_once_;
-  const int64_t rows = heads_at_once_ * kMaxSelectingQueries;
+  const int64_t rows = NumParts() * heads_at_once_ * kMaxSelectingQueries;
   const int64_t blocks = heads_at_once_ * BlocksOf(local_tokens);
+  const int64_t query_bytes =
+      geometry_.num_q_heads * scope_.num_queries * geometry_.head_dim * DTypeBytes(kernels_.compute_dtype());
   PieceLayout pieces;
   if (several_ranks) {
-    const int64_t query_bytes = geometry_.num_q_heads * scope_.num_queries * geometry_.head_dim *
-                                DTypeBytes(kernels_.compute_dtype());
     at.query_staging = pieces.Add(query_bytes);
     at.gathered_queries = pieces.Add(query_bytes);
-    at.queries = pieces.Add(query_bytes);
     at.overlaps_sent = pieces.Add(blocks * kDiagonalOverlap * kFloat);
     at.overlaps_received = pieces.Add(blocks * kDiagonalOverlap * kFloat);
     at.overlaps = pieces.Add(blocks * kDiagonalOverlap * kFloat);
+  }
+  if (several_ranks || scope_.split) at.queries = pieces.Add(query_bytes);
+  if (scope_.split) at.part_slash = pieces.Add(blocks * kDiagonalWindow * kFloat);
+  PieceLayout part_workspaces;
+  for (int part = 0; part < NumParts(); ++part) {
+    if (scope_.split) at.rotated[part] = pieces.Add(query_bytes);
+    const TokenRange keys = PartRows(part, rank);
+    at.score_workspace_bytes[part] =
+        kernels_.LastQueryWorkspaceBytes(heads_at_once_, keys.end - keys.begin, geometry_.head_dim);
+    at.score_workspace[part] = part_workspaces.Add(at.score_workspace_bytes[part]);
   }
   at.row_max = pieces.Add(rows * kFloat);
   at.row_sum = pieces.Add(rows * kWord);
@@ -83,18 +101,15 @@ VerticalSlashSelector::Scratch VerticalSlashSelector::ScratchFor(int64_t local_t
   at.slash = pieces.Add(blocks * kDiagonalWindow * kFloat);
   at.histogram = pieces.Add(lists * kSelectionBins * kWord);
   at.bits = pieces.Add(lists * WordsPerList() * kWord);
-  at.workspace_bytes =
-      std::max({kernels_.LastQueryWorkspaceBytes(heads_at_once_, local_tokens, geometry_.head_dim),
-                kernels_.BuildIndexWorkspaceBytes(heads_at_once_, WordsPerList()),
-                kernels_.CountPairsWorkspaceBytes(heads_at_once_, scope_.num_keys())});
+  at.workspace_bytes = std::max({part_workspaces.total_bytes(),
+                                 kernels_.BuildIndexWorkspaceBytes(heads_at_once_, WordsPerList()),
+                                 kernels_.CountPairsWorkspaceBytes(heads_at_once_, scope_.num_keys())});
   at.workspace = pieces.Add(at.workspace_bytes);
   at.total_bytes = pieces.total_bytes();
   return at;
 }
 
-int64_t VerticalSlashSelector::ScratchBytes(int rank) const {
-  return ScratchFor(plan_.NumTokens(rank)).total_bytes;
-}
+int64_t VerticalSlashSelector::ScratchBytes(int rank) const { return ScratchFor(rank).total_bytes; }
 
 // The heads that are ranked together, on one rank.
 class VerticalSlashSelector::Batch {
@@ -111,13 +126,26 @@ class VerticalSlashSelector::Batch {
         positions_(plan_.TokenPositions(world_.rank())),
         local_tokens_(plan_.NumTokens(world_.rank())),
         local_blocks_(BlocksOf(local_tokens_)),
-        at_(selector.ScratchFor(local_tokens_)) {}
+        at_(selector.ScratchFor(world_.rank())) {}
 
   // The selecting queries of all heads, which all batches share.
   absl::Status TakeQueries(HeadsView<const void> q) {
-    if (several_ranks_) return GatherQueries(q);
-    queries_ = q;
-    queries_.data = Advance(q.data, scope_.first_query * q.row_stride, kernels_.compute_dtype());
+    HeadsView<const void> queries = q;
+    queries.data = Advance(q.data, scope_.first_query * q.row_stride, kernels_.compute_dtype());
+    if (several_ranks_) {
+      LF_RETURN_IF_ERROR(GatherQueries(q));
+      queries = DenseQueries(at_.queries);
+    }
+    queries_[0] = queries;
+    if (!scope_.split) return absl::OkStatus();
+    for (int part = 0; part < selector_.NumParts(); ++part) {
+      const ChunkQueries last{scope_.chunk, queries, selector_.geometry_.num_q_heads, scope_.num_queries,
+                              PositionMap::Contiguous(scope_.first_query)};
+      LF_RETURN_IF_ERROR(RotateQueries(kernels_, selector_.geometry_.dual_chunk, context_.query_rotary,
+                                       kChunkParts[part], /*critical=*/true, last,
+                                       Piece<void>(at_.rotated[part]), stream_));
+      queries_[part] = DenseQueries(at_.rotated[part]);
+    }
     return absl::OkStatus();
   }
 
@@ -142,6 +170,10 @@ class VerticalSlashSelector::Batch {
     return PieceAt<T>(context_.scratch, offset);
   }
   Workspace workspace() const { return {Piece<char>(at_.workspace), at_.workspace_bytes}; }
+  HeadsView<const void> DenseQueries(int64_t offset) const {
+    const int64_t width = selector_.geometry_.head_dim;
+    return {Piece<void>(offset), scope_.num_queries * width, width};
+  }
 
   // The queries may lie in two blocks of two ranks, so those of one rank are consecutive.
   absl::Status GatherQueries(HeadsView<const void> q) {
@@ -174,50 +206,104 @@ class VerticalSlashSelector::Batch {
                                          stream_));
       from += counts_bytes[r];
     }
-    const int64_t width = selector_.geometry_.head_dim;
-    queries_ = {Piece<void>(at_.queries), scope_.num_queries * width, width};
     return absl::OkStatus();
   }
 
-  absl::Status Score(HeadsView<const void> k) {
+  // Of one part of the keys: its rows of `k`.
+  LastQueryParams PartParams(int part, HeadsView<const void> k) const {
+    const TokenRange rows = selector_.PartRows(part, world_.rank());
     LastQueryParams params;
-    params.q = queries_;
+    params.q = queries_[part];
     params.num_queries = scope_.num_queries;
     params.first_query_position = scope_.first_query;
     params.k = k;
-    params.num_keys = local_tokens_;
+    params.k.data = Advance(k.data, rows.begin * k.row_stride, kernels_.compute_dtype());
+    params.num_keys = rows.end - rows.begin;
     params.key_positions = positions_;
+    params.key_positions.first = positions_.Position(rows.begin);
     params.heads = heads_;
     params.num_q_heads = selector_.geometry_.num_q_heads;
     params.num_kv_heads = selector_.geometry_.num_kv_heads;
     params.head_dim = selector_.geometry_.head_dim;
     params.scale = selector_.geometry_.scale;
+    return params;
+  }
+  Workspace PartWorkspace(int part) const {
+    return {Piece<char>(at_.workspace + at_.score_workspace[part]), at_.score_workspace_bytes[part]};
+  }
+
+  absl::Status Score(HeadsView<const void> k) {
     float* const row_max = Piece<float>(at_.row_max);
     uint64_t* const row_sum = Piece<uint64_t>(at_.row_sum);
     const int64_t rows = count_ * kMaxSelectingQueries;
-    const bool has_keys = local_tokens_ > 0;
-    LF_RETURN_IF_ERROR(has_keys ? kernels_.LastQueryRowMax(params, row_max, workspace(), stream_)
-                                : WithoutKeys(row_max, row_sum, rows));
+    const int parts = selector_.NumParts();
+    for (int part = 0; part < parts; ++part) {
+      const LastQueryParams params = PartParams(part, k);
+      LF_RETURN_IF_ERROR(params.num_keys > 0 ? kernels_.LastQueryRowMax(params, row_max + part * rows,
+                                                                        PartWorkspace(part), stream_)
+                                             : WithoutKeys(row_max + part * rows, rows));
+    }
+    LF_RETURN_IF_ERROR(JoinParts(row_max, rows, [](float a, float b) { return std::max(a, b); }));
     if (several_ranks_) {
       LF_RETURN_IF_ERROR(world_.AllReduce(row_max, rows, ReduceType::kFloat32, ReduceOp::kMax, stream_));
     }
-    if (has_keys) {
-      LF_RETURN_IF_ERROR(kernels_.LastQueryRowSum(params, row_max, row_sum, workspace(), stream_));
+    for (int part = 0; part < parts; ++part) {
+      const LastQueryParams params = PartParams(part, k);
+      uint64_t* const sum = row_sum + part * rows;
+      LF_RETURN_IF_ERROR(params.num_keys > 0
+                             ? kernels_.LastQueryRowSum(params, row_max, sum, PartWorkspace(part), stream_)
+                             : kernels_.Zero(sum, rows * kWord, stream_));
     }
+    LF_RETURN_IF_ERROR(JoinParts(row_sum, rows, [](uint64_t a, uint64_t b) { return a + b; }));
     if (several_ranks_) {
       LF_RETURN_IF_ERROR(world_.AllReduce(row_sum, rows, ReduceType::kUInt64, ReduceOp::kSum, stream_));
     }
-    if (!has_keys) return absl::OkStatus();
-    const LastQueryScores scores{Piece<float>(at_.scores), 2 * ScoreStride(local_tokens_),
-                                 Piece<float>(at_.slash)};
-    return kernels_.LastQueryScore(params, row_max, row_sum, scores, workspace(), stream_);
+    for (int part = 0; part < parts; ++part) LF_RETURN_IF_ERROR(ScorePart(part, k));
+    return absl::OkStatus();
   }
 
-  // What a rank without keys adds to the reductions.
-  absl::Status WithoutKeys(float* row_max, uint64_t* row_sum, int64_t rows) {
+  // values [parts, rows] to [rows], on the host, which waits for the stream: some thousand numbers.
+  template <typename T, typename Join>
+  absl::Status JoinParts(T* values, int64_t rows, const Join& join) {
+    const int64_t parts = selector_.NumParts();
+    if (parts < 2) return absl::OkStatus();
+    std::vector<T> all(parts * rows);
+    LF_RETURN_IF_ERROR(stream_.Sync());  // with its deadline, which a copy to pageable memory has not
+    LF_RETURN_IF_ERROR(
+        kernels_.CopyOut(all.data(), values, static_cast<int64_t>(all.size() * sizeof(T)), stream_));
+    LF_RETURN_IF_ERROR(stream_.Sync());
+    for (int64_t i = rows; i < parts * rows; ++i) all[i % rows] = join(all[i % rows], all[i]);
+    return kernels_.CopyIn(values, all.data(), rows * static_cast<int64_t>(sizeof(T)), stream_);
+  }
+
+  // Vertical scores and windows of a part's keys, to their places among those of all keys of this rank.
+  absl::Status ScorePart(int part, HeadsView<const void> k) {
+    const LastQueryParams params = PartParams(part, k);
+    if (params.num_keys == 0) return absl::OkStatus();
+    const int64_t first_row = selector_.PartRows(part, world_.rank()).begin;
+    float* const slash = Piece<float>(at_.slash);
+    float* const part_slash = scope_.split ? Piece<float>(at_.part_slash) : slash;
+    const LastQueryScores scores{Piece<float>(at_.scores) + first_row, 2 * ScoreStride(local_tokens_),
+                                 part_slash};
+    LF_RETURN_IF_ERROR(kernels_.LastQueryScore(params, Piece<float>(at_.row_max),
+                                               Piece<uint64_t>(at_.row_sum), scores, PartWorkspace(part),
+                                               stream_));
+    if (!scope_.split) return absl::OkStatus();
+    constexpr int64_t kBytes = kDiagonalWindow * kFloat;
+    const int64_t part_bytes = BlocksOf(params.num_keys) * kBytes;
+    return kernels_.Copy2D({.to = slash + first_row / kSelectionBlock * kDiagonalWindow,
+                            .to_pitch = local_blocks_ * kBytes,
+                            .from = part_slash,
+                            .from_pitch = part_bytes,
+                            .row_bytes = part_bytes,
+                            .rows = count_},
+                           stream_);
+  }
+
+  // The maxima of a rank that has none of the keys.
+  absl::Status WithoutKeys(float* row_max, int64_t rows) {
     const std::vector<float> lowest(rows, -std::numeric_limits<float>::infinity());
-    LF_RETURN_IF_ERROR(kernels_.CopyIn(row_max, lowest.data(), rows * kFloat, stream_));
-    return kernels_.Zero(row_sum, rows * kWord, stream_);
+    return kernels_.CopyIn(row_max, lowest.data(), rows * kFloat, stream_);
   }
 
   // The last 63 entries of each window are distances of the next key block: they go to its owner, slot + 1.
@@ -344,7 +430,8 @@ class VerticalSlashSelector::Batch {
     return kernels_.BuildIndex(params, workspace(), stream_);
   }
 
-  // Of this rank's share of the heads: counting costs more than the rest on a CPU.
+  // Of this rank's share of the heads: counting costs more than the rest on a CPU. Of one of several chunks
+  // also those of the rows before it, in the place of published pairs, which the chunk's are without.
   absl::Status CountPairs() {
     const auto share = [&](int rank) { return static_cast<size_t>(count_ * rank / world_.size()); };
     for (size_t i = share(world_.rank()); i < share(world_.rank() + 1);) {
@@ -356,6 +443,12 @@ class VerticalSlashSelector::Batch {
       LF_RETURN_IF_ERROR(kernels_.CountPairs(
           {.indices = views, .num_tokens = scope_.num_keys(), .counts = context_.storage.covered() + first},
           workspace(), stream_));
+      if (scope_.first_row == 0) continue;
+      LF_RETURN_IF_ERROR(kernels_.CountPairs({.indices = views,
+                                              .num_tokens = scope_.num_keys(),
+                                              .counts = context_.storage.published() + first,
+                                              .num_rows = scope_.first_row},
+                                             workspace(), stream_));
     }
     return absl::OkStatus();
   }
@@ -372,7 +465,7 @@ class VerticalSlashSelector::Batch {
   const int64_t local_tokens_;
   const int64_t local_blocks_;  // of 128
   const VerticalSlashSelector::Scratch at_;
-  HeadsView<const void> queries_;
+  std::array<HeadsView<const void>, std::size(kChunkParts)> queries_;  // for each part of the keys
   size_t begin_ = 0;
   int64_t count_ = 0;
   std::span<const int32_t> heads_;

@@ -7,7 +7,10 @@
 // go to the next block's owner. The k-th largest comes from all-reduced radix histograms, the selected bits
 // of all ranks are added up, and each rank makes the index of them.
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <iterator>
 #include <span>
 #include <vector>
 
@@ -22,8 +25,8 @@ namespace longfill {
 
 class VerticalSlashSelector {
  public:
-  // The scope's keys must be the tokens of `plan`. Heads [num_q_heads] without a VerticalSlash pattern are
-  // skipped.
+  // The scope's keys must be the tokens of `plan`, which may be the first of a longer prompt. Heads
+  // [num_q_heads] without a VerticalSlash pattern are skipped.
   VerticalSlashSelector(const KernelSet& kernels, const ShardPlan& plan, const AttentionGeometry& geometry,
                         const SelectionScope& scope, std::span<const HeadPattern> patterns);
 
@@ -42,14 +45,22 @@ class VerticalSlashSelector {
 
   // Offsets of the pieces of a rank's scratch.
   struct Scratch {
-    int64_t query_staging = 0, gathered_queries = 0, queries = 0;  // where there are several ranks
-    int64_t row_max = 0, row_sum = 0, scores = 0, slash = 0;
+    int64_t query_staging = 0, gathered_queries = 0;           // where there are several ranks
+    int64_t queries = 0;                                       // there, and where they come unrotated
+    std::array<int64_t, std::size(kChunkParts)> rotated = {};  // where they do, for each part of the keys
+    int64_t part_slash = 0;                                    // there: windows of one part
+    int64_t row_max = 0, row_sum = 0, scores = 0, slash = 0;   // rows of each part
     int64_t overlaps_sent = 0, overlaps_received = 0, overlaps = 0;  // where there are several ranks
     int64_t histogram = 0, bits = 0, workspace = 0;
     int64_t workspace_bytes = 0;
+    // From there, of each part, which keeps it until it has its scores.
+    std::array<int64_t, std::size(kChunkParts)> score_workspace = {}, score_workspace_bytes = {};
     int64_t total_bytes = 0;
   };
-  Scratch ScratchFor(int64_t local_tokens) const;
+  Scratch ScratchFor(int rank) const;
+  // Parts of the keys that the queries ask with rotations of their own; one where they come rotated.
+  int NumParts() const { return scope_.split ? static_cast<int>(std::min<int64_t>(scope_.chunk, 2)) + 1 : 1; }
+  TokenRange PartRows(int part, int rank) const;  // of the rank's keys
   int64_t WordsPerList() const;
 
   const KernelSet& kernels_;

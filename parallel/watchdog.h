@@ -20,7 +20,7 @@ namespace longfill {
 
 struct WatchdogOptions {
   std::chrono::milliseconds interval{1000};  // between heartbeats
-  std::chrono::milliseconds timeout{15000};  // of silence before a peer counts as lost; several intervals
+  std::chrono::milliseconds timeout{8000};   // of silence before a peer counts as lost; several intervals
   std::chrono::milliseconds connect_timeout{30000};  // of Start
   // Name or address under which the other ranks reach rank 0, read on rank 0 only. With a loopback address
   // the port is bound to it alone; otherwise to every interface.

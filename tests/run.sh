@@ -6,7 +6,7 @@
 #   tests/run.sh --quick    the preset cpu alone
 #   tests/run.sh --long     also the tests with the label long, which take an hour
 # Environment: LONGFILL_SHARED_DIR, the folder with needle-20m and recorded data (default: `shared` beside the checkout);
-# LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 400).
+# LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 90).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -49,7 +49,7 @@ fi
 build cpu
 if ! $quick; then
   step "clang-tidy"
-  .venv/bin/python tests/tidy.py --build build/cpu --seconds "${LONGFILL_TIDY_SECONDS:-400}"
+  .venv/bin/python tests/tidy.py --build build/cpu --seconds "${LONGFILL_TIDY_SECONDS:-90}"
 fi
 step "tests of the preset cpu"
 ctest --preset cpu
@@ -63,22 +63,23 @@ if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
   build cuda kernel_contract_test cuda_unit_test  # with the whole backend; the rest is compiled as for the preset cpu
   step "clang-tidy of the CUDA backend"
   find kernels/cuda tests/unit/cuda -name '*.cc' ! -name cuda_absent.cc -print0 |
-    xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-400}"
+    xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-90}"
   step "kernel contract tests of the preset cuda"
   ctest --preset cuda -L contract
 else
   step "skipped: build and tests of the preset cuda, since there is no nvcc on PATH or in /usr/local/cuda/bin"
 fi
 
-build asan
+build asan longfill_tests
 step "unit, contract and multi-rank tests under ASan and UBSan"
-# Open MPI and its libraries leak at exit; nothing of ours is suppressed.
+# Open MPI and its libraries leak at exit; nothing of ours is suppressed. Ranks of mpirun run the tests that
+# ranks as threads do.
 LSAN_OPTIONS=suppressions=$PWD/tests/testing/lsan_suppressions.txt:print_suppressions=0 \
-  ctest --preset asan -L 'unit|contract|multirank' -LE 'long|e2e'
+  ctest --preset asan -L 'unit|contract|multirank' -LE 'long|e2e' -E '^Mpi[.][24]Ranks$|^bench_kernels_smoke$'
 
-build tsan
+build tsan longfill_tests
 step "all tests without gRPC and MPI under TSan"
 # The TSan of GCC 12 cannot start where the kernel spreads mappings over more than 28 random bits.
 without_aslr=()
 setarch "$(uname -m)" -R true 2>/dev/null && without_aslr=(setarch "$(uname -m)" -R)
-"${without_aslr[@]}" ctest --preset tsan
+"${without_aslr[@]}" ctest --preset tsan -L 'unit|contract|multirank' -E '^bench_kernels_smoke$'

@@ -60,6 +60,9 @@ Json ToJson(const BenchReport& report, const BenchRun& run) {
           {"gemm_seconds", figures.gemm_seconds},
           {"other_seconds", figures.other_seconds},
           {"communication_seconds", figures.communication_seconds},
+          {"exposed_communication_seconds", figures.exposed_communication_seconds},
+          {"communicator", figures.communicator},
+          {"imbalance", figures.imbalance},
           {"exposed_copy_seconds", figures.exposed_copy_seconds},
           {"published_pairs", figures.published_pairs},
           {"covered_pairs", figures.covered_pairs},
@@ -71,6 +74,7 @@ Json ToJson(const BenchReport& report, const BenchRun& run) {
           {"kv_checksums", figures.rank_kv_checksums},
           {"peak_device_bytes", figures.peak_device_bytes},
           {"planned_device_bytes", figures.planned_device_bytes},
+          {"held_device_bytes", figures.held_device_bytes},
           {"outside_device_bytes", figures.outside_device_bytes},
           {"peak_memory_bytes", figures.peak_memory_bytes},
           {"floor",
@@ -98,7 +102,10 @@ std::string RunText(const BenchReport& report, const BenchRun& run) {
   text += PartLine("attention", figures.attention_seconds, floor.attention_seconds);
   text += PartLine("GEMM", figures.gemm_seconds, floor.gemm_seconds);
   text += PartLine("other", figures.other_seconds, floor.other_seconds);
-  if (figures.ranks > 1) text += PartLine("communication", figures.communication_seconds, 0);
+  if (figures.ranks > 1) {
+    text += PartLine("communication", figures.communication_seconds, 0);
+    text += PartLine("  exposed", figures.exposed_communication_seconds, 0);
+  }
   if (run.kv_copied) text += PartLine("exposed copy", figures.exposed_copy_seconds, 0);
   text += PairsLine(report, "published", figures.published_pairs);
   text += PairsLine(report, "covered", figures.covered_pairs);

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -15,6 +16,11 @@
 #include "deploy/cli/token_file.h"
 #include "kernels/base/dtype.h"
 #include "kernels/sparse/head_pattern.h"
+#include "models/config.h"
+#include "models/device_weights.h"
+#include "models/pattern_directory.h"
+#include "models/sharded_weights.h"
+#include "models/weights.h"
 
 namespace longfill {
 namespace {
@@ -35,6 +41,13 @@ std::optional<int> OrdinalOf(std::string_view device) {
 std::string CheckDeviceName(const std::string& device) {
   if (device == "cpu" || device == "cuda" || OrdinalOf(device)) return {};
   return absl::StrCat("\"", device, "\" is not cpu, cuda or cuda:N");
+}
+
+// Likewise.
+std::string CheckMinRecall(const std::string& text) {
+  double value = 0;
+  if (absl::SimpleAtod(text, &value) && value > 0 && value <= 1) return {};
+  return absl::StrCat("\"", text, "\" is not in (0, 1]");
 }
 
 }  // namespace
@@ -66,9 +79,14 @@ int Report(const absl::Status& status) {
   return ExitCodeOf(status);
 }
 
-void AddModelOption(CLI::App& app, ModelOptions& options) {
-  app.add_option("--model", options.model_dir,
-                 "Hugging Face model directory: config.json and model.safetensors or its shards")
+int ReportNoWorld(const Launch& launch, const absl::Status& status) {
+  return launch.process == 0 ? Report(status) : ExitCodeOf(status);
+}
+
+CLI::Option* AddModelOption(CLI::App& app, ModelOptions& options) {
+  return app
+      .add_option("--model", options.model_dir,
+                  "Hugging Face model directory: config.json and model.safetensors or its shards")
       ->type_name("DIR")
       ->required();
 }
@@ -89,6 +107,20 @@ void AddDeviceOption(CLI::App& app, ModelOptions& options) {
                  "what a GPU computes in: bfloat16 (default) or float16. The CPU computes in float32")
       ->type_name("TYPE")
       ->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
+  app.add_option("--communicator", options.communicator,
+                 "how ranks on GPUs exchange: nccl, from GPU to GPU; mpi, through host memory; or auto\n"
+                 "(default): nccl where every rank has a GPU of its own")
+      ->type_name("WHAT")
+      ->check(CLI::IsMember({"auto", "mpi", "nccl"}));
+}
+
+void AddWeightsOption(CLI::App& app, ModelOptions& options) {
+  app.add_option(
+         "--weights", options.weights,
+         "replicated (default): every rank has all weights; sharded: each keeps a share of every layer,\n"
+         "and a layer is gathered while the one before it computes, for models too large for one device")
+      ->type_name("WHERE")
+      ->check(CLI::IsMember({"replicated", "sharded"}));
 }
 
 void AddThreadsOption(CLI::App& app, ModelOptions& options) {
@@ -103,7 +135,38 @@ void AddMemoryOption(CLI::App& app, ModelOptions& options) {
                  "memory of the device that one rank may plan with, such as 4GB; longer prompts are refused\n"
                  "(default: what is available)")
       ->type_name("BYTES")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true));
+      ->transform(CLI::Validator(
+          [](std::string& text) {
+            const absl::StatusOr<int64_t> bytes = ParseBytes(text);
+            if (!bytes.ok()) return std::string(bytes.status().message());
+            text = absl::StrCat(*bytes);
+            return std::string();
+          },
+          "BYTES"));
+}
+
+absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
+  const absl::Status wrong =
+      absl::InvalidArgumentError(absl::StrCat("\"", text, "\" is no number of bytes such as 4GB"));
+  if (text.empty() || !absl::ascii_isdigit(static_cast<unsigned char>(text[0]))) return wrong;
+  std::string number = text;
+  try {
+    if (!CLI::AsSizeValue(/*kb_is_1000=*/true)(number).empty()) return wrong;
+  } catch (const CLI::Error&) {  // beyond 64 bits
+    return wrong;
+  }
+  int64_t bytes = 0;
+  if (!absl::SimpleAtoi(number, &bytes) || bytes < 1) return wrong;
+  return bytes;
+}
+
+CLI::Validator AtLeast(int64_t least) {
+  const auto check = [least](std::string& text) {
+    int64_t value = 0;
+    if (absl::SimpleAtoi(text, &value) && value >= least) return std::string();
+    return absl::StrCat("\"", text, "\" is not a whole number of at least ", least);
+  };
+  return CLI::Validator(check, absl::StrCat("N >= ", least));
 }
 
 void AddPatternOptions(CLI::App& app, ModelOptions& options) {
@@ -111,15 +174,16 @@ void AddPatternOptions(CLI::App& app, ModelOptions& options) {
          "--dense-below", options.dense_below,
          absl::StrCat("'auto' is dense for prompts below N tokens (default: ", options.dense_below, ")"))
       ->type_name("N")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--patterns", options.patterns_path,
-                 "what 'auto' uses for longer prompts: a pattern file, or a directory with patterns.json\n"
-                 "(default: patterns.json of the model directory, else vertical-slash:1000,6096)")
+      ->check(AtLeast(0));
+  app.add_option(
+         "--patterns", options.patterns_path,
+         "what 'auto' uses for longer prompts: a pattern file, or a directory of them, where the file is\n"
+         "found by the model's name: NAME.json, that which MInference publishes, or patterns.json\n"
+         "(default: patterns.json of the model directory, else vertical-slash:1000,6096)")
       ->type_name("FILE|DIR");
 }
 
-absl::StatusOr<DeviceOptions> MakeDeviceOptions(const ModelOptions& options, int ranks_on_host,
-                                                int local_rank) {
+absl::StatusOr<DeviceOptions> DescribeDevice(const ModelOptions& options, int ranks_on_host, int local_rank) {
   DeviceOptions device;
   device.num_threads = options.threads > 0 ? options.threads : DefaultThreads(ranks_on_host);
   device.ranks_on_host = ranks_on_host;
@@ -130,6 +194,13 @@ absl::StatusOr<DeviceOptions> MakeDeviceOptions(const ModelOptions& options, int
   if (options.device == "cpu") return device;
   device.kind = DeviceKind::kCuda;
   device.ordinal = OrdinalOf(options.device).value_or(-1);
+  return device;
+}
+
+absl::StatusOr<DeviceOptions> MakeDeviceOptions(const ModelOptions& options, int ranks_on_host,
+                                                int local_rank) {
+  LF_ASSIGN_OR_RETURN(const DeviceOptions device, DescribeDevice(options, ranks_on_host, local_rank));
+  if (device.kind == DeviceKind::kCpu) return device;
   if (const absl::StatusOr<int> count = CudaDeviceCount(); !count.ok()) {
     return absl::UnimplementedError(absl::StrCat("--device ", options.device, ": ", count.status().message(),
                                                  "; --device cpu computes on the CPU"));
@@ -137,10 +208,18 @@ absl::StatusOr<DeviceOptions> MakeDeviceOptions(const ModelOptions& options, int
   return device;
 }
 
-absl::StatusOr<AttentionSpec> ReadPatterns(const std::string& path) {
+absl::StatusOr<AttentionSpec> ReadPatterns(const ModelOptions& options) {
   std::error_code ignored;
-  const bool directory = std::filesystem::is_directory(path, ignored);
-  const std::string file = directory ? (std::filesystem::path(path) / "patterns.json").string() : path;
+  std::string file = options.patterns_path;
+  if (std::filesystem::is_directory(file, ignored)) {
+    std::string name_or_path;
+    if (const absl::StatusOr<ModelConfig> config = LoadModelConfig(options.model_dir); config.ok()) {
+      name_or_path = config->name_or_path;  // a model that cannot be read is refused elsewhere
+    }
+    absl::StatusOr<std::string> found = FindPatternFile(file, ModelNames(options.model_dir, name_or_path));
+    if (!found.ok()) return Annotate(found.status(), "--patterns");
+    file = *std::move(found);
+  }
   if (!std::filesystem::is_regular_file(file, ignored)) {
     return absl::NotFoundError(absl::StrCat("--patterns: there is no pattern file ", file));
   }
@@ -153,14 +232,40 @@ absl::StatusOr<AttentionDefaults> MakeAttentionDefaults(const ModelOptions& opti
   AttentionDefaults defaults;
   defaults.dense_below = options.dense_below;
   if (!options.patterns_path.empty()) {
-    LF_ASSIGN_OR_RETURN(defaults.patterns, ReadPatterns(options.patterns_path));
+    LF_ASSIGN_OR_RETURN(defaults.patterns, ReadPatterns(options));
   }
   return defaults;
+}
+
+absl::StatusOr<DeviceCommunicatorOptions> MakeCommunicatorOptions(const ModelOptions& options) {
+  DeviceCommunicatorOptions communicator;
+  if (options.communicator == "nccl") communicator.kind = CommunicatorKind::kNccl;
+  if (options.communicator == "mpi") communicator.kind = CommunicatorKind::kStaged;
+  communicator.nccl.ranks_share_gpus = NcclRanksMayShareGpus();
+  if (options.communicator == "nccl" && options.device == "cpu") {
+    return absl::InvalidArgumentError("--communicator nccl is for ranks on GPUs, and --device is cpu");
+  }
+  return communicator;
+}
+
+WeightPlacement MakeWeightPlacement(const ModelOptions& options) {
+  return options.weights == "sharded" ? WeightPlacement::kSharded : WeightPlacement::kReplicated;
+}
+
+int64_t LargestWeightsBytes(WeightPlacement placement, const ModelConfig& config, const ModelWeights* weights,
+                            const Mesh& mesh, const KernelSet& kernels) {
+  if (ShardsWeights(placement, mesh)) {
+    return ShardedWeights::PlanBytes(config, DTypesOfShards(weights, config, kernels), mesh.size());
+  }
+  if (kernels.device() == DeviceKind::kCpu && weights != nullptr) return weights->bytes();
+  return DeviceWeightsBytes(config, kernels.compute_dtype());
 }
 
 absl::StatusOr<EngineOptions> MakeEngineOptions(const ModelOptions& options, const World& world) {
   EngineOptions engine;
   LF_ASSIGN_OR_RETURN(engine.device, MakeDeviceOptions(options, world.ranks_on_host(), world.local_rank()));
+  LF_ASSIGN_OR_RETURN(engine.communicator, MakeCommunicatorOptions(options));
+  engine.weights = MakeWeightPlacement(options);
   engine.model_dir = options.model_dir;
   engine.mesh = Mesh{world.size(), 1};
   if (!options.mesh_text.empty()) {
@@ -172,11 +277,33 @@ absl::StatusOr<EngineOptions> MakeEngineOptions(const ModelOptions& options, con
         world.size(), " (mpirun -np ", engine.mesh.size(), " longfill ... starts so many)"));
   }
   LF_ASSIGN_OR_RETURN(engine.attention, MakeAttentionDefaults(options));
-  engine.memory_limit_bytes = static_cast<int64_t>(options.memory_limit_bytes);
+  engine.memory_limit_bytes = options.memory_limit_bytes;
   return engine;
 }
 
-CLI::Option* AddPromptOptions(CLI::App& app, PromptOptions& options) {
+void AddRecallOptions(CLI::App& app, std::string_view otherwise, RecallArguments& arguments) {
+  app.add_flag_function(
+      "--recall-monitor",
+      [&arguments](int64_t) {
+        arguments.options.monitor = true;
+        arguments.given = true;
+      },
+      absl::StrCat("measure on some rows what share of the softmax weight sparse attention covers, for each "
+                   "layer and\nhead, and report it (default: ",
+                   absl::string_view(otherwise.data(), otherwise.size()), ")"));
+  app.add_option_function<double>(
+         "--min-recall",
+         [&arguments](double value) {
+           arguments.options.min_recall = value;
+           arguments.given = true;
+         },
+         "compute heads whose share is below R again, with twice and four times their budgets, then over all "
+         "keys;\nreports like --recall-monitor")
+      ->type_name("R")
+      ->check(CheckMinRecall, "(0, 1]");
+}
+
+CLI::Option* AddPromptOptions(CLI::App& app, std::string_view recall_otherwise, PromptOptions& options) {
   app.add_option("--tokens", options.token_paths,
                  "token ids of the prompt: NAME.i32 holds little-endian int32, any other file a JSON list, "
                  "'-' is a JSON\n"
@@ -192,6 +319,8 @@ CLI::Option* AddPromptOptions(CLI::App& app, PromptOptions& options) {
   app.add_option(
          "--attention", options.attention,
          "dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S; block-sparse:K (forced blocks count within K);\n"
+         "block-share:R,TAU (blocks to which a row gives a share of TAU, judged by R outlying keys and the "
+         "mean);\n"
          "a pattern file in the published JSON form; or auto (default)")
       ->type_name("SPEC");
   app.add_option(
@@ -206,6 +335,7 @@ CLI::Option* AddPromptOptions(CLI::App& app, PromptOptions& options) {
                  "type of the KV cache: float32, bfloat16 or float16 (default: what the device computes in)")
       ->type_name("TYPE")
       ->check(CLI::IsMember({"float32", "bfloat16", "float16"}));
+  AddRecallOptions(app, recall_otherwise, options.recall);
   app.add_flag(
       "--overwrite", options.overwrite,
       "write into a directory that is not empty; replaces files of an earlier result, touches no other");
@@ -224,6 +354,7 @@ absl::StatusOr<std::vector<PrefillRequest>> ReadPrompts(const PromptOptions& opt
   if (!options.kv_dtype.empty()) {
     LF_ASSIGN_OR_RETURN(prototype.kv_dtype, ParseDType(options.kv_dtype));
   }
+  prototype.recall = options.recall.options;
   if (std::count(options.token_paths.begin(), options.token_paths.end(), "-") > 1) {
     return absl::InvalidArgumentError("--tokens -: standard input can be read once only");
   }

@@ -17,14 +17,14 @@ namespace {
 constexpr char kFooter[] =
     "Exit codes: 0 done, 1 failed, 2 bad usage or input, with one line on standard error;\n"
     "serve: 3 when a rank or its GPU was lost and the group has to be started anew.\n"
-    "Ranks: mpirun -np N longfill prefill|serve ... splits every prompt over N ranks.";
+    "Ranks: mpirun -np N longfill prefill|serve ... splits every prompt over N ranks, search its layers.";
 
 std::string VersionText() { return absl::StrCat("longfill ", kVersion, " (commit ", kGitCommit, ")"); }
 
 // All ranks see the same bad usage. They leave together: mpirun ends the others as soon as one has failed,
 // perhaps before rank 0 has spoken.
 int ReportUsage(const Launch& launch, const std::string& message) {
-  if (launch.rank == 0) PrintError(message);
+  if (launch.process == 0) PrintError(message);
   if (launch.parallel) {
     const auto world = World::Create(launch, kExitUsage);
     if (world.ok()) (*world)->Agree(absl::OkStatus()).IgnoreError();
@@ -39,14 +39,17 @@ int RunProgram(int argc, char** argv) {
   program.require_subcommand(1);
   program.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::Throw);
   const std::vector<Command> commands = {AddInspectCommand(program), AddPrefillCommand(program),
-                                         AddServeCommand(program), AddSubmitCommand(program),
-                                         AddBenchCommand(program)};
+                                         AddServeCommand(program),   AddSubmitCommand(program),
+                                         AddSearchCommand(program),  AddBenchCommand(program),
+                                         AddEvalCommand(program),    AddDoctorCommand(program)};
   CommandContext context;
   context.launch = ReadLaunch();
+  SetNcclDefaults();
+  ReturnLargeBlocksToSystem();
   try {
     program.parse(argc, argv);
   } catch (const CLI::Success& help_or_version) {
-    return context.launch.rank == 0 ? program.exit(help_or_version) : static_cast<int>(kExitDone);
+    return context.launch.process == 0 ? program.exit(help_or_version) : static_cast<int>(kExitDone);
   } catch (const CLI::ParseError& error) {
     return ReportUsage(context.launch, absl::StrCat(error.what(), " (longfill --help shows the options)"));
   }

@@ -1,19 +1,17 @@
 #include "deploy/cli/output_directory.h"
 
-#include <fcntl.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "models/file_io.h"
 #include "models/safetensors.h"
 
 namespace longfill {
@@ -21,35 +19,28 @@ namespace {
 
 namespace fs = std::filesystem;
 
-absl::Status SystemError(const std::string& path, int error) {
-  const std::string message = absl::StrCat("output ", path, ": ", std::strerror(error));
-  switch (error) {
-    case EACCES:
-    case EPERM:
-    case EROFS:
-      return absl::PermissionDeniedError(message);
-    case ENOSPC:
-    case EDQUOT:
-      return absl::ResourceExhaustedError(message);
-    case ENOTDIR:
-    case ENOENT:
-    case ENAMETOOLONG:
-      return absl::InvalidArgumentError(message);
-    default:
-      return absl::InternalError(message);
-  }
+// Takes the number at the start of `text` off.
+bool ConsumeNumber(std::string_view* text) {
+  const size_t digits = std::min(text->find_first_not_of("0123456789"), text->size());
+  text->remove_prefix(digits);
+  return digits > 0;
 }
 
-bool IsPromptName(std::string_view name) {
-  return name.size() >= 3 &&
-         std::all_of(name.begin(), name.end(), [](unsigned char c) { return std::isdigit(c); });
+bool Consume(std::string_view prefix, std::string_view* text) {
+  if (!text->starts_with(prefix)) return false;
+  text->remove_prefix(prefix.size());
+  return true;
 }
 
-// Also the temporary names of files that a killed run left half written.
+// Also what a killed run left half written, under a temporary name (models/file_io.h, safetensors_writer.h).
 bool IsOurFile(std::string_view name) {
-  const absl::string_view text(name.data(), name.size());
-  return absl::StartsWith(text, "kv-layer-") || absl::StartsWith(text, "manifest.json") ||
-         absl::StartsWith(text, "logits.safetensors");
+  std::string_view rest = name;
+  const bool named = Consume(kManifestFileName, &rest) || Consume(kLogitsFileName, &rest) ||
+                     (Consume("kv-layer-", &rest) && ConsumeNumber(&rest) && Consume("-rank-", &rest) &&
+                      ConsumeNumber(&rest) && Consume(".safetensors", &rest));
+  if (!named || rest.empty()) return named;
+  return Consume(".partial-", &rest) && ConsumeNumber(&rest) &&
+         (rest.empty() || (Consume("-", &rest) && ConsumeNumber(&rest) && rest.empty()));
 }
 
 absl::Status RemoveOurFiles(const std::string& folder) {
@@ -58,22 +49,22 @@ absl::Status RemoveOurFiles(const std::string& folder) {
   for (fs::directory_iterator it(folder, error), end; !error && it != end; it.increment(error)) {
     if (IsOurFile(it->path().filename().string()) && !it->is_directory(error)) ours.push_back(it->path());
   }
-  if (error) return SystemError(folder, error.value());
+  if (error) return OutputError(folder, error.value());
   for (const fs::path& path : ours) {
-    if (!fs::remove(path, error) && error) return SystemError(path.string(), error.value());
+    if (!fs::remove(path, error) && error) return OutputError(path.string(), error.value());
   }
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<std::string>> PromptFolders(const std::string& path) {
-  std::error_code error;
+// Those of an earlier run with several prompts: 000, 001 and so on, without a gap.
+std::vector<std::string> PromptFolders(const std::string& path) {
   std::vector<std::string> folders;
-  for (fs::directory_iterator it(path, error), end; !error && it != end; it.increment(error)) {
-    if (IsPromptName(it->path().filename().string()) && it->is_directory(error))
-      folders.push_back(it->path().string());
+  std::error_code error;
+  for (int prompt = 0;; ++prompt) {
+    const fs::path folder = fs::path(path) / PromptName(prompt);
+    if (!fs::is_directory(fs::symlink_status(folder, error))) return folders;
+    folders.push_back(folder.string());
   }
-  if (error) return SystemError(path, error.value());
-  return folders;
 }
 
 // Makes `path` and its missing parents; those made are appended to `made`, outermost first.
@@ -88,7 +79,7 @@ absl::Status MakeDirectories(const fs::path& path, std::vector<std::string>& mad
     if (fs::create_directory(*it, error)) {
       made.push_back(it->string());
     } else if (error) {
-      return SystemError(it->string(), error.value());
+      return OutputError(it->string(), error.value());
     }
   }
   return absl::OkStatus();
@@ -103,27 +94,26 @@ absl::StatusOr<std::unique_ptr<OutputDirectory>> OutputDirectory::Open(const std
   std::unique_ptr<OutputDirectory> directory(new OutputDirectory(path, num_prompts));
   std::error_code error;
   const fs::file_status status = fs::status(path, error);
-  if (status.type() == fs::file_type::none) return SystemError(path, error.value());
+  if (status.type() == fs::file_type::none) return OutputError(path, error.value());
   if (fs::exists(status) && !fs::is_directory(status)) {
     return absl::InvalidArgumentError(absl::StrCat("output ", path, ": not a directory"));
   }
   LF_RETURN_IF_ERROR(MakeDirectories(fs::path(path).lexically_normal(), directory->made_));
   if (!overwrite) {
     const bool empty = fs::is_empty(path, error);
-    if (error) return SystemError(path, error.value());
+    if (error) return OutputError(path, error.value());
     if (!empty) {
       return absl::InvalidArgumentError(
           absl::StrCat("output ", path, ": not empty; --overwrite replaces an earlier result"));
     }
   }
-  if (access(path.c_str(), R_OK | W_OK | X_OK) != 0) return SystemError(path, errno);
+  if (access(path.c_str(), R_OK | W_OK | X_OK) != 0) return OutputError(path, errno);
   return directory;
 }
 
 absl::Status OutputDirectory::Prepare() {
   LF_RETURN_IF_ERROR(RemoveOurFiles(path_));
-  LF_ASSIGN_OR_RETURN(const std::vector<std::string> old_folders, PromptFolders(path_));
-  for (const std::string& folder : old_folders) {
+  for (const std::string& folder : PromptFolders(path_)) {
     LF_RETURN_IF_ERROR(RemoveOurFiles(folder));
     std::error_code ignored;  // a folder that holds other files stays
     fs::remove(folder, ignored);
@@ -149,26 +139,6 @@ OutputDirectory::~OutputDirectory() {
 
 std::string OutputDirectory::Folder(int prompt) const {
   return num_prompts_ == 1 ? path_ : (fs::path(path_) / PromptName(prompt)).string();
-}
-
-absl::Status WriteTextFile(const std::string& path, std::string_view text) {
-  const std::string partial = absl::StrCat(path, ".partial-", getpid());
-  const int fd = open(partial.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-  if (fd < 0) return SystemError(path, errno);
-  int error = 0;
-  while (!text.empty() && error == 0) {
-    const ssize_t count = write(fd, text.data(), text.size());
-    if (count >= 0) {
-      text.remove_prefix(static_cast<size_t>(count));
-    } else if (errno != EINTR) {
-      error = errno;
-    }
-  }
-  if (close(fd) != 0 && error == 0) error = errno;
-  if (error == 0 && rename(partial.c_str(), path.c_str()) != 0) error = errno;
-  if (error == 0) return absl::OkStatus();
-  unlink(partial.c_str());
-  return SystemError(path, error);
 }
 
 absl::Status WriteLogitsFile(const std::string& folder, std::span<const int64_t> positions,

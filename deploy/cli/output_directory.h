@@ -29,8 +29,9 @@ class OutputDirectory {
   OutputDirectory(const OutputDirectory&) = delete;
   OutputDirectory& operator=(const OutputDirectory&) = delete;
 
-  // Removes what an earlier run left (manifest.json, logits.safetensors, kv-layer-*, and these in NNN/) and
-  // makes the folders of the prompts. Nothing is removed before this call.
+  // Removes what an earlier run left (manifest.json, logits.safetensors, kv-layer-LLL-rank-RRR.safetensors,
+  // these half written, and all of it in 000/, 001/ and so on) and makes the folders of the prompts. Nothing
+  // is removed before this call.
   absl::Status Prepare();
 
   // Folder of one prompt.
@@ -51,9 +52,6 @@ class OutputDirectory {
 
 // "000" for prompt 0: the name of its folder among several.
 std::string PromptName(int prompt);
-
-// Writes `text` whole: the file is there complete or not at all.
-absl::Status WriteTextFile(const std::string& path, std::string_view text);
 
 // logits.safetensors of a prompt: positions I64 [P], logits F32 [P, vocab_size].
 absl::Status WriteLogitsFile(const std::string& folder, std::span<const int64_t> positions,

@@ -9,7 +9,9 @@
 #include "absl/strings/str_cat.h"
 #include "deploy/cli/command.h"
 #include "deploy/cli/figures.h"
+#include "deploy/cli/launch_summary.h"
 #include "deploy/cli/output_directory.h"
+#include "models/file_io.h"
 #include "models/fingerprint.h"
 #include "runtime/kv/kv_discard_sink.h"
 #include "runtime/kv/kv_manifest.h"
@@ -57,6 +59,7 @@ absl::StatusOr<KvManifest> MakeManifest(const PrefillEngine& engine, const Prefi
   manifest.num_layers = config.num_layers;
   manifest.num_kv_heads = config.num_kv_heads;
   manifest.head_dim = config.head_dim;
+  manifest.rotary_chunk_tokens = config.rope.dual_chunk.chunk_len();
   manifest.dtype = prompt.kv_dtype;
   const ShardPlan plan(engine.mesh(), num_tokens);
   for (int rank = 0; rank < plan.mesh().size(); ++rank)
@@ -183,14 +186,29 @@ int ServeJob(PrefillEngine& engine, const PrefillOptions& options, const StopSig
   return ExitCodeOf(status.ok() ? last_outcome : status);
 }
 
+// Collective. What was chosen for the ranks, where there are several and people read.
+absl::Status TellLaunch(const PrefillOptions& options, World& world, PrefillEngine& engine) {
+  if (world.size() == 1 || options.prompt.json) return absl::OkStatus();
+  LF_ASSIGN_OR_RETURN(const DeviceOptions device,
+                      MakeDeviceOptions(options.model, world.ranks_on_host(), world.local_rank()));
+  LF_ASSIGN_OR_RETURN(const LaunchSummary summary, SummarizeLaunch(world, engine.backend(), device));
+  if (world.rank() != 0) return absl::OkStatus();
+  std::fprintf(stderr, "%s; exchange: %s\n", LaunchText(summary).c_str(),
+               engine.DescribeCommunicator().c_str());
+  return absl::OkStatus();
+}
+
 int Prefill(const PrefillOptions& options, CommandContext& context) {
   // Before anything that may fail, so that errors can be agreed on and are printed once.
   auto world = World::Create(context.launch, kExitFailed);
-  if (!world.ok()) return context.launch.rank == 0 ? Report(world.status()) : ExitCodeOf(world.status());
+  if (!world.ok()) return ReportNoWorld(context.launch, world.status());
   absl::StatusOr<Job> job = Job{};
   if ((*world)->rank() == 0) job = ReadJob(options);
   const Started started = StartEngine(options.model, **world, job.status());
   if (started.engine == nullptr) return started.exit_code;
+  if (const absl::Status status = TellLaunch(options, **world, *started.engine); !status.ok()) {
+    return (*world)->rank() == 0 ? Report(status) : ExitCodeOf(status);
+  }
   if ((*world)->rank() != 0) {
     return ServeJob(*started.engine, options, *context.signals);
   }
@@ -208,7 +226,7 @@ Command AddPrefillCommand(CLI::App& program) {
       "Prefill prompts as a batch job and write KV cache and logits to files; ranks are started by mpirun");
   auto options = std::make_shared<PrefillOptions>();
   AddModelOption(*app, options->model);
-  AddPromptOptions(*app, options->prompt);
+  AddPromptOptions(*app, "nobody watches", options->prompt);
   app->add_option(
          "--kv", options->kv,
          "files (default); or discard: copied out as ever, CRC-32C printed, then dropped; --out may be\n"
@@ -218,6 +236,7 @@ Command AddPrefillCommand(CLI::App& program) {
   AddMeshOption(*app, options->model);
   AddDeviceOption(*app, options->model);
   AddThreadsOption(*app, options->model);
+  AddWeightsOption(*app, options->model);
   AddMemoryOption(*app, options->model);
   AddPatternOptions(*app, options->model);
   return {app, [options](CommandContext& context) { return Prefill(*options, context); }};

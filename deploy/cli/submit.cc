@@ -101,6 +101,7 @@ absl::StatusOr<PrefillFigures> SubmitPrompt(PrefillClient& client, const Prefill
   submit.coverage = prompt.coverage;
   submit.logits_positions = prompt.logits_positions;
   if (!options.prompt.kv_dtype.empty()) submit.kv_dtype = prompt.kv_dtype;
+  if (options.prompt.recall.given) submit.recall = prompt.recall;
   submit.timeout = std::chrono::milliseconds(static_cast<int64_t>(options.timeout_seconds * 1000));
   PrefillRefusal refusal;
   ProgressPrinter progress(options.prompt.json);
@@ -149,7 +150,7 @@ Command AddSubmitCommand(CLI::App& program) {
   CLI::App* app = program.add_subcommand("submit", "Send prompts to a service and write what prefill writes");
   auto options = std::make_shared<SubmitCommandOptions>();
   app->add_option("--target", options->target, "rank 0 of the service")->type_name("HOST:PORT")->required();
-  AddPromptOptions(*app, options->prompt)->required();
+  AddPromptOptions(*app, "as the service was started", options->prompt)->required();
   app->add_option("--timeout", options->timeout_seconds, "give a prompt up after so long (default: never)")
       ->type_name("SECONDS")
       ->check(CLI::PositiveNumber);

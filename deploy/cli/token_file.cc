@@ -12,6 +12,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "models/json_input.h"
 
 namespace longfill {
 namespace {
@@ -38,21 +39,13 @@ absl::Status NegativeId(const std::string& source, size_t index, int64_t id) {
       absl::StrCat(source, ": token id ", id, " at index ", index, " is negative"));
 }
 
+// Room for prompts far beyond any model's, and for one list in the list, which is named then.
+constexpr JsonLimits kTokenListLimits = {.max_depth = 2, .max_values = int64_t{1} << 27};
+
 std::string Quoted(const nlohmann::json& value) {
   std::string text = value.dump(-1, ' ', /*ensure_ascii=*/true, nlohmann::json::error_handler_t::replace);
   if (text.size() > kMaxQuotedCharacters) text = text.substr(0, kMaxQuotedCharacters) + "...";
   return text;
-}
-
-absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, const std::string& source) {
-  try {
-    return nlohmann::json::parse(text);
-  } catch (const nlohmann::json::exception& error) {
-    const auto* parse_error = dynamic_cast<const nlohmann::json::parse_error*>(&error);
-    const std::string where = parse_error == nullptr ? "" : absl::StrCat(" (byte ", parse_error->byte, ")");
-    return absl::InvalidArgumentError(
-        absl::StrCat(source, ": neither an .i32 file by its name nor a JSON list by its text", where));
-  }
 }
 
 }  // namespace
@@ -73,7 +66,13 @@ absl::StatusOr<std::vector<int32_t>> ParseBinaryTokens(std::string_view bytes, c
 }
 
 absl::StatusOr<std::vector<int32_t>> ParseJsonTokens(std::string_view text, const std::string& source) {
-  LF_ASSIGN_OR_RETURN(const nlohmann::json list, ParseJson(text, source));
+  const absl::StatusOr<nlohmann::json> parsed = ParseJson(text, source, kTokenListLimits);
+  if (!parsed.ok()) {
+    return absl::Status(parsed.status().code(), absl::StrCat(parsed.status().message(),
+                                                             "; expected a JSON list of token ids, or a file "
+                                                             "named .i32 of little-endian int32"));
+  }
+  const nlohmann::json& list = *parsed;
   if (!list.is_array()) {
     return absl::InvalidArgumentError(
         absl::StrCat(source, ": expected a JSON list of token ids, found ", Quoted(list)));

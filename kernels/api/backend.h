@@ -14,7 +14,10 @@ namespace longfill {
 
 struct DeviceFacts {
   std::string name;          // "NVIDIA H100 80GB HBM3 (sm_90)", "CPU (AVX3, 2 threads)"
+  std::string id;            // equal in all processes that use one device, and there alone; empty for the CPU
   int64_t memory_bytes = 0;  // in all; 0 for the CPU, whose memory others share
+  int num_multiprocessors = 0;    // of a GPU
+  int64_t free_bytes_before = 0;  // of these, before this process came to the device; 0: not known
 };
 
 // One device of this process and what runs on it. Everything that it gives out must be gone before it is
@@ -44,6 +47,8 @@ std::unique_ptr<Backend> CreateCpuBackend(int num_threads);
 struct CudaBackendOptions {
   int device = 0;                          // ordinal among the visible devices
   DType compute_dtype = DType::kBFloat16;  // or float16
+  // Nothing but the kernels that run on every supported device: they check those of one architecture.
+  bool generic_kernels = false;
 };
 // Unimplemented where longfill was built without CUDA, or for a device below sm_80 or a compute dtype that is
 // not 16 bits wide; Unavailable where there is no driver or no such device. The message says what is missing.

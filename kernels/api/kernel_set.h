@@ -17,15 +17,19 @@
 //   InvalidArgument. Thread-compatible: one call at a time per KernelSet, but CopyOut on a stream of its own
 //   may run beside another call.
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <type_traits>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/base/dtype.h"
 #include "kernels/base/memory.h"
 #include "kernels/base/status.h"
 #include "kernels/base/stream.h"
+#include "kernels/sparse/head_pattern.h"
 #include "kernels/sparse/index_view.h"
 #include "kernels/sparse/position_map.h"
 
@@ -110,7 +114,7 @@ struct RotaryParams {
   float attention_scale = 1;         // multiplies cos and sin (YaRN, LongRoPE)
   RotaryForm form = RotaryForm::kHalfSplit;
   int64_t rotary_dim = 0;  // even, <= head_dim; 0: only moves rows (values)
-  PositionMap positions;   // of row_offset + row
+  PositionMap positions;   // of row_offset + row; need not ascend: {p, 1, 0} is p for all rows
   int64_t row_offset = 0;
   int64_t num_rows = 0;
   int64_t num_heads = 0;
@@ -165,6 +169,8 @@ struct AttentionBounds {
   int64_t head_dim = 0;
 };
 
+inline constexpr int64_t kMaxBlockFinishTimes = 1024;
+
 // Softmax attention over exactly the covered pairs. Query head h reads KV head kv_head[h] (or h /
 // (num_q_heads / num_kv_heads) when kv_head is empty). A row without any covered key gives 0 and lse
 // -infinity. With `merge`, out and lse hold an earlier result over other keys and are updated to the
@@ -186,6 +192,9 @@ struct AttentionParams {
   // If not nullptr, grow by the pairs of this call: covered, and multiplied (masked parts of tiles included).
   int64_t* covered_pairs = nullptr;
   int64_t* computed_pairs = nullptr;
+  // If not nullptr, [kMaxBlockFinishTimes], zeroed by the caller: thread block i writes to entry i when it
+  // ended, in nanoseconds of the device's clock. Backends and kernels that cannot say leave zeros.
+  int64_t* block_finish_ns = nullptr;
 };
 
 // Attention mass of the last queries, in three steps that a sequence-parallel caller joins by reductions
@@ -296,12 +305,21 @@ struct BuildIndexParams {
   std::span<const IndexBuffers> out;     // [heads]
 };
 
-// Pairs of whole prompts (coverage.h). For a block list both counts are its own.
+// Pairs of a prompt (coverage.h), or of its first rows. For a block list both counts are its own.
 struct CountPairsParams {
   std::span<const IndexView> indices;
-  int64_t num_tokens = 0;
-  PairCounts* counts = nullptr;  // [indices.size()], overwritten
+  int64_t num_tokens = 0;                                  // of the prompt that the indices are of
+  PairCounts* counts = nullptr;                            // [indices.size()], overwritten
+  int64_t num_rows = std::numeric_limits<int64_t>::max();  // below num_tokens: a multiple of 64
+
+  int64_t CountedRows() const { return std::min(num_rows, num_tokens); }
 };
+inline absl::Status CheckCountedRows(const CountPairsParams& params) {
+  const int64_t rows = params.CountedRows();
+  if (rows == params.num_tokens || (rows >= 0 && rows % kRowBlock == 0)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("count pairs: num_rows ", rows, " of ", params.num_tokens,
+                                                 " tokens is no multiple of ", kRowBlock));
+}
 
 // Mean of each 64-row block (at absolute positions) that this rank holds. Blocks are whole but for the
 // prompt's last, whose mean is over its true rows.
@@ -324,6 +342,64 @@ struct SelectBlocksParams {
   int64_t num_blocks = 0;       // K; a row block m keeps min(K, m + 1) blocks
   bool force = true;            // diagonal and block 0 kept, within K (K = 1 keeps the diagonal)
   int32_t* selected = nullptr;  // [num_row_blocks, K] ascending, the first min(K, m + 1) valid
+};
+
+// What stands for each whole block of 64 keys (head_pattern.h, BlockShare): in plane 0 its mean, formed in
+// fp32 and rounded to the compute dtype, in plane r the key that is r-th farthest from that mean before
+// rounding. Distances are Euclidean, in fp32; of equal ones the lower key is the farther.
+struct RepresentativesParams {
+  HeadsView<const void> k;  // [num_heads, num_keys, head_dim], whole blocks but for the prompt's last
+  int64_t num_heads = 0;
+  int64_t num_keys = 0;
+  int64_t head_dim = 0;
+  int64_t num_outliers = 0;  // at most kMaxOutliers
+  void* out = nullptr;  // [num_heads, num_outliers + 1, num_keys / 64, head_dim]; a partial block has none
+};
+
+// Selection of key blocks by share (head_pattern.h, BlockShare), for heads that read one KV head. The result
+// of a row block depends on its queries and the representatives alone, not on what else is in the call.
+struct ShareSelectionParams {
+  HeadsView<const void> q;  // [num_heads, num_rows, head_dim]
+  int64_t num_heads = 0;
+  int64_t num_rows = 0;
+  PositionMap positions;  // of the rows: first, and block and stride unless all rows are one piece, are
+                          // multiples of 64; the rows are whole 64-row blocks but for the prompt's last
+  const void* representatives = nullptr;  // [num_representatives, num_key_blocks, head_dim], compute dtype
+  int64_t num_representatives = 0;        // at most kMaxOutliers + 1
+  int64_t num_key_blocks = 0;             // at least all before the last row block
+  int64_t head_dim = 0;
+  float scale = 0;                   // multiplies q k, above 0
+  std::span<const float> min_share;  // [num_heads], each in (0, 1]
+  // [num_heads, ceil(num_rows / 64), words_per_row], overwritten: bit n of a row is key block n. Forced
+  // blocks are set. words_per_row holds the last row block.
+  uint64_t* bits = nullptr;
+  int64_t words_per_row = 0;
+};
+
+// What bounds the scratch of a call.
+struct ShareSelectionBounds {
+  int64_t num_heads = 0;
+  int64_t num_rows = 0;
+  int64_t num_representatives = 0;
+  int64_t num_key_blocks = 0;
+  int64_t head_dim = 0;
+};
+
+// Bits of row blocks to lists of key blocks, head after head in one array: they follow the entries of earlier
+// calls. One call takes all row blocks of its heads, or some of one head, whose next ones come with the next
+// call. Lists that do not fit in `capacity` are cut off there.
+struct BuildBlockListsParams {
+  const uint64_t* bits = nullptr;  // [num_heads, num_row_blocks, words_per_row]
+  int64_t words_per_row = 0;
+  int64_t num_heads = 0;
+  int64_t num_row_blocks = 0;
+  int64_t* row_offsets =
+      nullptr;  // [num_heads, num_row_blocks + 1], head stride row_offsets_stride: places in
+  int64_t row_offsets_stride = 0;  // key_blocks (IndexView::row_offsets)
+  int32_t* key_blocks = nullptr;   // [capacity]
+  int64_t capacity = 0;
+  int64_t* num_entries = nullptr;  // [1], 0 before the first call: entries of all lists so far, also of those
+                                   // that did not fit, so that more than `capacity` means overflow
 };
 
 // Copies `rows` pieces of `row_bytes`, whose starts lie to_pitch and from_pitch bytes apart. No overlap.
@@ -399,6 +475,15 @@ class KernelSet {
                                              int64_t head_dim) const = 0;
   virtual absl::Status SelectBlocks(const SelectBlocksParams& params, Workspace workspace,
                                     Stream& stream) = 0;
+
+  // Selection by share.
+  virtual absl::Status Representatives(const RepresentativesParams& params, Stream& stream) = 0;
+  virtual int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const = 0;
+  virtual absl::Status SelectByShare(const ShareSelectionParams& params, Workspace workspace,
+                                     Stream& stream) = 0;
+  virtual int64_t BuildBlockListsWorkspaceBytes(int64_t num_heads, int64_t num_row_blocks) const = 0;
+  virtual absl::Status BuildBlockLists(const BuildBlockListsParams& params, Workspace workspace,
+                                       Stream& stream) = 0;
 };
 
 }  // namespace longfill

@@ -38,6 +38,7 @@ absl::StatusOr<Buffer> MemoryResource::Allocate(int64_t size_bytes, std::string_
   if (size_bytes == 0) return Buffer();
   void* data = DoAllocate(size_bytes);
   if (data == nullptr) {
+    LF_RETURN_IF_ERROR(Annotate(DeviceHealth(), absl::StrCat("no memory for ", name)));
     return absl::ResourceExhaustedError(
         absl::StrCat("no memory for ", name, ": ", size_bytes, " bytes asked, ", bytes_in_use(), " in use"));
   }

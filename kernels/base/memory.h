@@ -43,16 +43,26 @@ class MemoryResource {
   virtual ~MemoryResource() = default;
 
   // Alignment 64 bytes, contents undefined. 0 bytes is legal and gives an empty buffer. ResourceExhausted
-  // names `what`, the bytes asked and the bytes in use; InvalidArgument for a negative size.
+  // names `what`, the bytes asked and the bytes in use; InvalidArgument for a negative size; Internal where
+  // the device is lost.
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes, std::string_view what);
+
+  // Bytes that the resource holds of the device beyond bytes_in_use(), for later allocations.
+  virtual absl::StatusOr<int64_t> IdleBytes() const { return 0; }
+  // Gives them back, so that others who share the device can have them. The work that used them has run.
+  virtual absl::Status Trim() { return absl::OkStatus(); }
 
   int64_t bytes_in_use() const { return bytes_in_use_.load(std::memory_order_relaxed); }
   int64_t peak_bytes() const { return peak_bytes_.load(std::memory_order_relaxed); }
-  void ResetPeak() { peak_bytes_.store(bytes_in_use()); }
+  // Most bytes that the resource held since ResetPeak, those for later allocations included, as the device's
+  // own account says.
+  virtual absl::StatusOr<int64_t> PeakHeldBytes() const { return peak_bytes(); }
+  virtual void ResetPeak() { peak_bytes_.store(bytes_in_use()); }
 
  protected:
-  // DoAllocate returns nullptr when the memory is not there.
+  // DoAllocate returns nullptr when the memory is not there, or for the reason that DeviceHealth then gives.
   virtual void* DoAllocate(int64_t size_bytes) = 0;
+  virtual absl::Status DeviceHealth() const { return absl::OkStatus(); }
   virtual void DoDeallocate(void* data, int64_t size_bytes) = 0;
 
  private:

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/block_lists.h"
 #include "kernels/cpu/block_selection.h"
 #include "kernels/cpu/block_selection_simd.h"
 #include "kernels/cpu/copy.h"
@@ -12,6 +13,7 @@
 #include "kernels/cpu/index.h"
 #include "kernels/cpu/last_query.h"
 #include "kernels/cpu/selection.h"
+#include "kernels/cpu/share_selection.h"
 
 namespace longfill {
 namespace {
@@ -114,6 +116,21 @@ class CpuKernelSet final : public KernelSet {
   }
   absl::Status SelectBlocks(const SelectBlocksParams& params, Workspace workspace, Stream&) override {
     return CpuSelectBlocks(params, workspace, pool_);
+  }
+  absl::Status Representatives(const RepresentativesParams& params, Stream&) override {
+    return CpuRepresentatives(params, pool_);
+  }
+  int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const override {
+    return CpuShareSelectionWorkspaceBytes(bounds, pool_.num_threads());
+  }
+  absl::Status SelectByShare(const ShareSelectionParams& params, Workspace workspace, Stream&) override {
+    return CpuSelectByShare(params, workspace, pool_);
+  }
+  int64_t BuildBlockListsWorkspaceBytes(int64_t /*num_heads*/, int64_t /*num_row_blocks*/) const override {
+    return 0;
+  }
+  absl::Status BuildBlockLists(const BuildBlockListsParams& params, Workspace, Stream&) override {
+    return CpuBuildBlockLists(params, pool_);
   }
 
  private:

@@ -14,13 +14,14 @@
 namespace longfill {
 namespace {
 
-constexpr int64_t kMinRows = 16;       // of a library call
-constexpr int64_t kRowsOfCall = 256;   // the last call of a task may have up to twice as many, less one
+constexpr int64_t kRowUnit = 24;      // a library call has a multiple of it
+constexpr int64_t kRowsOfCall = 144;  // at most
+constexpr int64_t kRowsOfFp32Task = 288;
 constexpr int64_t kRowsOfTask = 1024;  // rows that share one widened block of the weight
 constexpr int64_t kColumnBlock = 256;
 
 int64_t PartBytes(int64_t in_width) {
-  const int64_t floats = kColumnBlock * in_width + kMinRows * in_width + kMinRows * kColumnBlock;
+  const int64_t floats = kColumnBlock * in_width + kRowUnit * in_width + kRowUnit * kColumnBlock;
   return floats * static_cast<int64_t>(sizeof(float));
 }
 
@@ -69,24 +70,22 @@ class GemmTask {
   GemmTask(const GemmParams& params, char* scratch) : params_(params) {
     widened_ = reinterpret_cast<float*>(scratch);
     padded_x_ = widened_ + kColumnBlock * params.in_width;
-    padded_out_ = padded_x_ + kMinRows * params.in_width;
+    padded_out_ = padded_x_ + kRowUnit * params.in_width;
   }
 
   absl::Status Run(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end) {
     const float* weight = Weight(column_begin, column_end);
     const int64_t num_columns = column_end - column_begin;
-    const int64_t num_rows = row_end - row_begin;
-    if (num_rows < kMinRows) {
-      LF_RETURN_IF_ERROR(RunPadded(weight, row_begin, num_rows, column_begin, num_columns));
-    } else {
-      const int64_t calls = NumRowParts(num_rows, kRowsOfCall);
-      for (int64_t call = 0; call < calls; ++call) {
-        const int64_t begin = row_begin + PartBegin(num_rows, calls, kMinRows, call);
-        const int64_t end = row_begin + PartBegin(num_rows, calls, kMinRows, call + 1);
-        LF_RETURN_IF_ERROR(SingleThreadSgemm(Row(begin), params_.x_stride, weight, end - begin, num_columns,
-                                             params_.in_width, params_.accumulate, Out(begin, column_begin),
-                                             params_.out_stride));
-      }
+    int64_t row = row_begin;
+    while (row_end - row >= kRowUnit) {
+      const int64_t rows = std::min(kRowsOfCall, (row_end - row) / kRowUnit * kRowUnit);
+      LF_RETURN_IF_ERROR(SingleThreadSgemm(Row(row), params_.x_stride, weight, rows, num_columns,
+                                           params_.in_width, params_.accumulate, Out(row, column_begin),
+                                           params_.out_stride));
+      row += rows;
+    }
+    if (row < row_end) {
+      LF_RETURN_IF_ERROR(RunPadded(weight, row, row_end - row, column_begin, num_columns));
     }
     if (params_.bias != nullptr) AddBias(row_begin, row_end, column_begin, num_columns);
     return absl::OkStatus();
@@ -111,8 +110,8 @@ class GemmTask {
   absl::Status RunPadded(const float* weight, int64_t row_begin, int64_t num_rows, int64_t column_begin,
                          int64_t num_columns) {
     const int64_t in_width = params_.in_width;
-    std::memset(padded_x_, 0, static_cast<size_t>(kMinRows * in_width) * sizeof(float));
-    std::memset(padded_out_, 0, static_cast<size_t>(kMinRows * num_columns) * sizeof(float));
+    std::memset(padded_x_, 0, static_cast<size_t>(kRowUnit * in_width) * sizeof(float));
+    std::memset(padded_out_, 0, static_cast<size_t>(kRowUnit * num_columns) * sizeof(float));
     for (int64_t row = 0; row < num_rows; ++row) {
       std::memcpy(padded_x_ + row * in_width, Row(row_begin + row),
                   static_cast<size_t>(in_width) * sizeof(float));
@@ -121,7 +120,7 @@ class GemmTask {
                     static_cast<size_t>(num_columns) * sizeof(float));
       }
     }
-    LF_RETURN_IF_ERROR(SingleThreadSgemm(padded_x_, in_width, weight, kMinRows, num_columns, in_width,
+    LF_RETURN_IF_ERROR(SingleThreadSgemm(padded_x_, in_width, weight, kRowUnit, num_columns, in_width,
                                          params_.accumulate, padded_out_, num_columns));
     for (int64_t row = 0; row < num_rows; ++row) {
       std::memcpy(Out(row_begin + row, column_begin), padded_out_ + row * num_columns,
@@ -140,8 +139,8 @@ class GemmTask {
 
   const GemmParams& params_;
   float* widened_;     // [kColumnBlock, in_width]
-  float* padded_x_;    // [kMinRows, in_width]
-  float* padded_out_;  // [kMinRows, kColumnBlock]
+  float* padded_x_;    // [kRowUnit, in_width]
+  float* padded_out_;  // [kRowUnit, kColumnBlock]
 };
 
 }  // namespace
@@ -167,7 +166,7 @@ absl::Status CpuGemm(const GemmParams& params, Workspace workspace, ThreadPool& 
   if (params.num_rows == 0 || params.out_width == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(Check(params, workspace, pool.num_threads()));
   // fp32 weights need no widening that rows would share, so smaller tasks balance better.
-  const int64_t rows = params.weight_dtype == DType::kFloat32 ? kRowsOfCall : kRowsOfTask;
+  const int64_t rows = params.weight_dtype == DType::kFloat32 ? kRowsOfFp32Task : kRowsOfTask;
   const int64_t row_parts = NumRowParts(params.num_rows, rows);
   const int64_t column_parts = (params.out_width + kColumnBlock - 1) / kColumnBlock;
   std::atomic<int> failed{0};
@@ -176,8 +175,8 @@ absl::Status CpuGemm(const GemmParams& params, Workspace workspace, ThreadPool& 
     const int64_t row_part = number % row_parts;
     const int64_t column_begin = number / row_parts * kColumnBlock;
     GemmTask task(params, PartOf(workspace, worker, PartBytes(params.in_width)));
-    absl::Status status = task.Run(PartBegin(params.num_rows, row_parts, kMinRows, row_part),
-                                   PartBegin(params.num_rows, row_parts, kMinRows, row_part + 1),
+    absl::Status status = task.Run(PartBegin(params.num_rows, row_parts, kRowUnit, row_part),
+                                   PartBegin(params.num_rows, row_parts, kRowUnit, row_part + 1),
                                    column_begin, std::min(params.out_width, column_begin + kColumnBlock));
     if (!status.ok() && failed.fetch_add(1) == 0) first_error = std::move(status);
   });

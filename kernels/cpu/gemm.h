@@ -9,9 +9,11 @@ namespace longfill {
 int64_t CpuGemmWorkspaceBytes(int64_t max_in_width, int num_threads);
 
 // KernelSet::Gemm through oneDNN's sgemm, one thread a call, over blocks of rows and columns of the output.
-// The bits of an output row depend on its input row and the weight only. oneDNN's own do depend on the number
-// of rows of a call, but not from 16 rows on (tests/unit/cpu/gemm_test.cc checks this on the machine at
-// hand); so no call has fewer, and column blocks depend on out_width alone.
+// The bits of an output row depend on its input row and the weight only. oneDNN's own depend on the number of
+// rows of a call too: with AVX-512 below 16 rows, with AVX2 where its blocks of up to 144 rows are no
+// multiple of
+// 6. So calls have a multiple of 24 rows and at most 144, and column blocks depend on out_width alone
+// (tests/unit/cpu/gemm_test.cc checks this on the machine at hand).
 absl::Status CpuGemm(const GemmParams& params, Workspace workspace, ThreadPool& pool);
 
 // out = (accumulate ? out : 0) + x * weight^T, all fp32 row-major, on the calling thread alone. Needs

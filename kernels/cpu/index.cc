@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/workspace.h"
@@ -33,6 +34,7 @@ class HeadBuilder {
     ForBits(columns, num_words, [this](int64_t column) { return AddColumn(column); });
     if (num_words == 0 || (distances[0] & 1) == 0) AddDistance(0);
     ForBits(distances, num_words, [this](int64_t distance) { return AddDistance(distance); });
+    if (with_runs_) AddRuns();
     return counts_;
   }
 
@@ -45,23 +47,16 @@ class HeadBuilder {
 
   bool AddDistance(int64_t distance) {
     if (counts_.distances == out_.distance_capacity) return Overflow();
-    if (with_runs_ && !AddToRuns(distance)) return false;
     out_.distances[counts_.distances++] = static_cast<int32_t>(distance);
     return true;
   }
 
-  // Windows of distances at most 64 apart touch or overlap in every row block, so they form one run.
-  bool AddToRuns(int64_t distance) {
-    if (counts_.runs > 0) {
-      DistanceRun& before = out_.runs[counts_.runs - 1];
-      if (distance - (before.d_hi - 1) <= kRowBlock) {
-        before.d_hi = distance + 1;
-        return true;
-      }
-    }
-    if (counts_.runs == out_.run_capacity) return Overflow();
-    out_.runs[counts_.runs++] = {distance, distance + 1, false};
-    return true;
+  void AddRuns() {
+    const std::vector<DistanceRun> runs =
+        CoarseRuns({out_.distances, static_cast<size_t>(counts_.distances)});
+    counts_.runs = static_cast<int32_t>(std::min<int64_t>(std::ssize(runs), out_.run_capacity));
+    std::copy_n(runs.begin(), counts_.runs, out_.runs);
+    if (counts_.runs < std::ssize(runs)) Overflow();
   }
 
   bool Overflow() {
@@ -93,16 +88,17 @@ absl::Status CpuBuildIndex(const BuildIndexParams& params, ThreadPool& pool) {
 
 absl::Status CpuCountPairs(const CountPairsParams& params, ThreadPool& pool) {
   LF_RETURN_IF_ERROR(CheckAtLeast("count pairs", "num_tokens", params.num_tokens, 0));
+  LF_RETURN_IF_ERROR(CheckCountedRows(params));
   const auto num_heads = static_cast<int64_t>(params.indices.size());
-  const int64_t row_blocks = (params.num_tokens + kRowBlock - 1) / kRowBlock;
+  const int64_t num_rows = params.CountedRows();
+  const int64_t row_blocks = (num_rows + kRowBlock - 1) / kRowBlock;
   const int64_t stretches = (row_blocks + kRowBlocksPerTask - 1) / kRowBlocksPerTask;
   std::fill_n(params.counts, num_heads, PairCounts{});
   pool.ParallelFor(num_heads * stretches, [&](int64_t task, int) {
     const int64_t head = task / stretches;
     const int64_t begin = task % stretches * kRowBlocksPerTask;
-    const PairCounts pairs =
-        CountRowBlockPairs(params.indices[static_cast<size_t>(head)], begin,
-                           std::min(row_blocks, begin + kRowBlocksPerTask), params.num_tokens);
+    const PairCounts pairs = CountRowBlockPairs(params.indices[static_cast<size_t>(head)], begin,
+                                                std::min(row_blocks, begin + kRowBlocksPerTask), num_rows);
     PairCounts& out = params.counts[head];
     std::atomic_ref<int64_t>(out.published).fetch_add(pairs.published, std::memory_order_relaxed);
     std::atomic_ref<int64_t>(out.covered).fetch_add(pairs.covered, std::memory_order_relaxed);

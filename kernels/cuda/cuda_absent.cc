@@ -1,4 +1,5 @@
 #include "kernels/api/backend.h"
+#include "kernels/api/cuda_devices.h"
 
 namespace longfill {
 namespace {
@@ -14,5 +15,10 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaBackendOpti
 }
 
 absl::StatusOr<int> CudaDeviceCount() { return BuiltWithoutCuda(); }
+absl::StatusOr<CudaVersions> ReadCudaVersions() { return BuiltWithoutCuda(); }
+absl::StatusOr<std::vector<CudaDeviceFacts>> ListCudaDevices() { return BuiltWithoutCuda(); }
+absl::StatusOr<double> MeasurePeerCopy(int /*from*/, int /*to*/, int64_t /*bytes*/) {
+  return BuiltWithoutCuda();
+}
 
 }  // namespace longfill

@@ -2,19 +2,20 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/api/backend.h"
+#include "kernels/api/cuda_devices.h"
 #include "kernels/cuda/cuda_kernel_set.h"
 #include "kernels/cuda/cuda_memory.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/cuda_stream.h"
 #include "kernels/cuda/device_limits.h"
+#include "kernels/cuda/free_memory.h"
 #include "kernels/cuda/upload.h"
 
 namespace longfill {
 namespace {
-
-constexpr int kMinComputeCapability = 80;
 
 absl::StatusOr<int> Attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
@@ -104,7 +105,8 @@ class CudaBackend final : public Backend {
 
 absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(const CudaBackendOptions& options) {
   LF_RETURN_IF_ERROR(CheckOptions(options));
-  LF_ASSIGN_OR_RETURN(const DeviceLimits limits, ReadLimits(options.device));
+  LF_ASSIGN_OR_RETURN(DeviceLimits limits, ReadLimits(options.device));
+  limits.generic_kernels = options.generic_kernels;
   cudaDeviceProp properties = {};
   LF_RETURN_IF_CUDA_ERROR(cudaGetDeviceProperties(&properties, options.device));
   std::string name = absl::StrCat(properties.name, " (sm_", limits.compute_capability, ")");
@@ -114,6 +116,9 @@ absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(const CudaBackendOp
   }
   std::unique_ptr<CudaBackend> backend(new CudaBackend(limits));
   backend->facts_.name = std::move(name);
+  backend->facts_.num_multiprocessors = limits.num_sms;
+  backend->facts_.free_bytes_before = FreeBytesWithoutContext(properties.uuid);
+  backend->facts_.id = absl::BytesToHexString({properties.uuid.bytes, sizeof(properties.uuid.bytes)});
   LF_RETURN_IF_ERROR(Annotate(backend->Start(options.compute_dtype), backend->facts_.name));
   return backend;
 }

@@ -1,5 +1,6 @@
 #include "kernels/cuda/cuda_kernel_set.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -10,13 +11,17 @@
 #include "kernels/cuda/cuda_stream.h"
 #include "kernels/cuda/elementwise.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/hopper/attention.h"
+#include "kernels/cuda/index/block_lists.h"
 #include "kernels/cuda/index/build_index.h"
 #include "kernels/cuda/index/count_pairs.h"
 #include "kernels/cuda/index/join_scores.h"
 #include "kernels/cuda/index/last_query.h"
 #include "kernels/cuda/index/pool.h"
+#include "kernels/cuda/index/representatives.h"
 #include "kernels/cuda/index/select_blocks.h"
 #include "kernels/cuda/index/selection.h"
+#include "kernels/cuda/index/share_selection.h"
 
 namespace longfill {
 namespace {
@@ -77,11 +82,13 @@ class CudaKernelSet final : public KernelSet {
   }
 
   int64_t AttentionWorkspaceBytes(const AttentionBounds& bounds) const override {
-    return CudaAttentionWorkspaceBytes(bounds);
+    return std::max(CudaAttentionWorkspaceBytes(bounds), HopperAttentionWorkspaceBytes(bounds));
   }
   absl::Status Attention(const AttentionParams& params, Workspace workspace, Stream& stream) override {
     return On(stream, [&](cudaStream_t cuda) {
-      return CudaAttention(params, workspace, compute_dtype_, limits_, cuda);
+      const HopperHeads heads = SplitHopperHeads(params, limits_);
+      LF_RETURN_IF_ERROR(HopperAttention(params, heads.served, workspace, compute_dtype_, limits_, cuda));
+      return CudaAttention(params, heads.others, workspace, compute_dtype_, limits_, cuda);
     });
   }
 
@@ -152,6 +159,23 @@ class CudaKernelSet final : public KernelSet {
   }
   absl::Status SelectBlocks(const SelectBlocksParams& params, Workspace workspace, Stream& stream) override {
     return On(stream, [&](cudaStream_t cuda) { return CudaSelectBlocks(params, workspace, limits_, cuda); });
+  }
+
+  absl::Status Representatives(const RepresentativesParams& params, Stream& stream) override {
+    return On(stream, [&](cudaStream_t cuda) { return CudaRepresentatives(params, compute_dtype_, cuda); });
+  }
+  int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& /*bounds*/) const override { return 0; }
+  absl::Status SelectByShare(const ShareSelectionParams& params, Workspace /*workspace*/,
+                             Stream& stream) override {
+    return On(stream, [&](cudaStream_t cuda) { return CudaSelectByShare(params, compute_dtype_, cuda); });
+  }
+  int64_t BuildBlockListsWorkspaceBytes(int64_t num_heads, int64_t num_row_blocks) const override {
+    return CudaBuildBlockListsWorkspaceBytes(num_heads, num_row_blocks);
+  }
+  absl::Status BuildBlockLists(const BuildBlockListsParams& params, Workspace workspace,
+                               Stream& stream) override {
+    return On(stream,
+              [&](cudaStream_t cuda) { return CudaBuildBlockLists(params, workspace, limits_, cuda); });
   }
 
  private:

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/poll.h"
 
 namespace longfill {
 
@@ -26,13 +27,30 @@ CudaMemoryResource::~CudaMemoryResource() {
   if (UseDevice(device_).ok()) CudaStatus(cudaMemPoolDestroy(pool_), "cudaMemPoolDestroy").IgnoreError();
 }
 
-absl::StatusOr<int64_t> CudaMemoryResource::IdleBytes() const {
+absl::StatusOr<int64_t> CudaMemoryResource::PoolBytes(cudaMemPoolAttr attribute) const {
   LF_RETURN_IF_ERROR(UseDevice(device_));
-  uint64_t held = 0;
-  uint64_t used = 0;
-  LF_RETURN_IF_CUDA_ERROR(cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrReservedMemCurrent, &held));
-  LF_RETURN_IF_CUDA_ERROR(cudaMemPoolGetAttribute(pool_, cudaMemPoolAttrUsedMemCurrent, &used));
-  return static_cast<int64_t>(held - std::min(used, held));
+  uint64_t bytes = 0;
+  LF_RETURN_IF_CUDA_ERROR(cudaMemPoolGetAttribute(pool_, attribute, &bytes));
+  return static_cast<int64_t>(bytes);
+}
+
+absl::StatusOr<int64_t> CudaMemoryResource::IdleBytes() const {
+  LF_ASSIGN_OR_RETURN(const int64_t held, PoolBytes(cudaMemPoolAttrReservedMemCurrent));
+  LF_ASSIGN_OR_RETURN(const int64_t used, PoolBytes(cudaMemPoolAttrUsedMemCurrent));
+  return held - std::min(used, held);
+}
+
+absl::StatusOr<int64_t> CudaMemoryResource::PeakHeldBytes() const {
+  return PoolBytes(cudaMemPoolAttrReservedMemHigh);
+}
+
+void CudaMemoryResource::ResetPeak() {
+  MemoryResource::ResetPeak();
+  if (!UseDevice(device_).ok()) return;
+  uint64_t restart = 0;  // from what is held now
+  CudaStatus(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReservedMemHigh, &restart),
+             "cudaMemPoolSetAttribute")
+      .IgnoreError();
 }
 
 void* CudaMemoryResource::TryAllocate(int64_t size_bytes) {
@@ -46,17 +64,27 @@ void* CudaMemoryResource::DoAllocate(int64_t size_bytes) {
   if (void* data = TryAllocate(size_bytes); data != nullptr) return data;
   // The pool's free pieces may be too small each; given back once the work that used them has run, they can
   // come again as one.
-  if (!CudaStatus(cudaStreamSynchronize(stream_), "cudaStreamSynchronize").ok() ||
-      !CudaStatus(cudaMemPoolTrimTo(pool_, 0), "cudaMemPoolTrimTo").ok()) {
+  if (!Poll("cudaStreamQuery", [this] { return cudaStreamQuery(stream_); }).ok() || !Trim().ok()) {
     return nullptr;
   }
   return TryAllocate(size_bytes);
+}
+
+absl::Status CudaMemoryResource::Trim() {
+  LF_RETURN_IF_ERROR(UseDevice(device_));
+  // The pool learns from a synchronisation that frees have run. The stream is at rest, it does not wait.
+  LF_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream_));
+  return CudaStatus(cudaMemPoolTrimTo(pool_, 0), "cudaMemPoolTrimTo");
 }
 
 void CudaMemoryResource::DoDeallocate(void* data, int64_t /*size_bytes*/) {
   // A failure means a lost device, which CudaStatus remembers.
   if (UseDevice(device_).ok()) CudaStatus(cudaFreeAsync(data, stream_), "cudaFreeAsync").IgnoreError();
 }
+
+absl::Status CudaMemoryResource::DeviceHealth() const { return LostDeviceStatus(device_); }
+
+absl::Status PinnedMemoryResource::DeviceHealth() const { return LostDeviceStatus(device_); }
 
 void* PinnedMemoryResource::DoAllocate(int64_t size_bytes) {
   if (!UseDevice(device_).ok()) return nullptr;

@@ -21,15 +21,19 @@ class CudaMemoryResource final : public MemoryResource {
   CudaMemoryResource(const CudaMemoryResource&) = delete;
   CudaMemoryResource& operator=(const CudaMemoryResource&) = delete;
 
-  // Bytes that the pool holds of the device and has not handed out.
-  absl::StatusOr<int64_t> IdleBytes() const;
+  absl::StatusOr<int64_t> IdleBytes() const override;
+  absl::Status Trim() override;
+  absl::StatusOr<int64_t> PeakHeldBytes() const override;
+  void ResetPeak() override;
 
  private:
   CudaMemoryResource(int device, cudaStream_t stream, cudaMemPool_t pool)
       : device_(device), stream_(stream), pool_(pool) {}
   void* DoAllocate(int64_t size_bytes) override;
   void DoDeallocate(void* data, int64_t size_bytes) override;
+  absl::Status DeviceHealth() const override;
   void* TryAllocate(int64_t size_bytes);
+  absl::StatusOr<int64_t> PoolBytes(cudaMemPoolAttr attribute) const;
 
   const int device_;
   const cudaStream_t stream_;
@@ -45,6 +49,7 @@ class PinnedMemoryResource final : public MemoryResource {
  private:
   void* DoAllocate(int64_t size_bytes) override;
   void DoDeallocate(void* data, int64_t size_bytes) override;
+  absl::Status DeviceHealth() const override;
   const int device_;
 };
 

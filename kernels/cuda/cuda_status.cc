@@ -21,6 +21,12 @@ absl::string_view CallName(std::string_view call) {
   return {name.data(), name.size()};
 }
 
+// The first error stays.
+void RecordLost(cudaError_t error) {
+  int none = cudaSuccess;
+  LostError(current_device).compare_exchange_strong(none, error);
+}
+
 bool LosesDevice(cudaError_t error) {
   switch (error) {
     case cudaErrorECCUncorrectable:
@@ -74,10 +80,7 @@ absl::Status CudaStatus(cudaError_t error, std::string_view call) {
   if (error == cudaSuccess) return absl::OkStatus();
   cudaGetLastError();
   const bool lost = LosesDevice(error);
-  if (lost) {
-    int none = cudaSuccess;
-    LostError(current_device).compare_exchange_strong(none, error);
-  }
+  if (lost) RecordLost(error);
   std::string message =
       absl::StrCat(CallName(call), ": ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
   if (lost) absl::StrAppend(&message, "; device ", current_device, " is lost to this process");
@@ -98,6 +101,13 @@ absl::Status CublasStatus(cublasStatus_t status, std::string_view call) {
 absl::Status UseDevice(int device) {
   current_device = device;
   return CudaStatus(cudaSetDevice(device), "cudaSetDevice");
+}
+
+absl::Status HungDevice(std::string_view call, std::chrono::milliseconds deadline) {
+  RecordLost(cudaErrorLaunchTimeout);
+  return absl::DeadlineExceededError(absl::StrCat(CallName(call), ": device ", current_device,
+                                                  " has not finished its work after ", deadline.count(),
+                                                  " ms; it is lost to this process"));
 }
 
 absl::Status LostDeviceStatus(int device) {

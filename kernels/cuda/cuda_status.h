@@ -6,6 +6,7 @@
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <string_view>
 
 #include "kernels/base/status.h"
@@ -21,6 +22,10 @@ absl::Status CublasStatus(cublasStatus_t status, std::string_view call);
 
 // The calling thread's device for all calls that follow. Costs well under a microsecond.
 absl::Status UseDevice(int device);
+
+// The calling thread's device has not answered `call` within the deadline: DeadlineExceeded, and the device
+// is lost.
+absl::Status HungDevice(std::string_view call, std::chrono::milliseconds deadline);
 
 // The first error that this process saw which a device does not survive; OK while there is none. A lost
 // device is lost for every backend of the process.

@@ -1,41 +1,11 @@
 #include "kernels/cuda/cuda_stream.h"
 
-#include <chrono>
-#include <thread>
-
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/poll.h"
 
 namespace longfill {
 namespace {
-
-using Clock = std::chrono::steady_clock;
-constexpr std::chrono::microseconds kYieldTime{200};  // most waits of a prefill's tail end within it
-constexpr std::chrono::microseconds kSleep{50};
-
-// The runtime keeps this answer as the thread's last error, where the check of a later launch would find it.
-void ForgetNotReady() { cudaGetLastError(); }
-
-// Asks `query` until it answers other than cudaErrorNotReady.
-template <typename Query>
-absl::Status Poll(const char* call, const Query& query) {
-  const Clock::time_point begin = Clock::now();
-  for (;;) {
-    const cudaError_t answer = query();
-    if (answer != cudaErrorNotReady) return CudaStatus(answer, call);
-    ForgetNotReady();
-    const Clock::duration waited = Clock::now() - begin;
-    if (waited > Stream::kDeviceDeadline) {
-      return absl::DeadlineExceededError(absl::StrCat(call, ": the device has not finished its work after ",
-                                                      Stream::kDeviceDeadline.count(), " s"));
-    }
-    if (waited < kYieldTime) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(kSleep);
-    }
-  }
-}
 
 absl::Status OtherDevice(const char* what) {
   return absl::InvalidArgumentError(absl::StrCat("a CUDA operation was given ", what, " of the CPU"));
@@ -46,6 +16,12 @@ absl::Status OtherDevice(const char* what) {
 absl::StatusOr<cudaStream_t> CudaStreamOf(Stream& stream) {
   if (stream.device() != DeviceKind::kCuda) return OtherDevice("a stream");
   return static_cast<CudaStream&>(stream).get();
+}
+
+absl::StatusOr<int> CudaDeviceOf(Stream& stream) {
+  const auto* cuda_stream = dynamic_cast<const CudaStream*>(&stream);
+  if (cuda_stream == nullptr) return absl::InvalidArgumentError("the stream is not of CUDA");
+  return cuda_stream->ordinal();
 }
 
 absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Create(int device) {
@@ -60,6 +36,7 @@ CudaStream::~CudaStream() {
 }
 
 absl::Status CudaStream::Sync() {
+  LF_RETURN_IF_ERROR(LostDeviceStatus(ordinal_));
   LF_RETURN_IF_ERROR(UseDevice(ordinal_));
   return Poll("cudaStreamQuery", [this] { return cudaStreamQuery(stream_); });
 }
@@ -100,6 +77,7 @@ absl::StatusOr<bool> CudaEvent::Passed() const {
 }
 
 absl::Status CudaEvent::Wait() const {
+  LF_RETURN_IF_ERROR(LostDeviceStatus(ordinal_));
   LF_RETURN_IF_ERROR(UseDevice(ordinal_));
   return Poll("cudaEventQuery", [this] { return cudaEventQuery(event_); });
 }

@@ -23,6 +23,7 @@ class CudaStream final : public Stream {
   absl::Status Sync() override;
   absl::Status WaitFor(const Event& event) override;
   cudaStream_t get() const { return stream_; }
+  int ordinal() const { return ordinal_; }  // of its device
 
  private:
   CudaStream(int ordinal, cudaStream_t stream) : ordinal_(ordinal), stream_(stream) {}
@@ -51,6 +52,8 @@ class CudaEvent final : public Event {
 
 // The stream behind the interface; InvalidArgument for a stream of another kind of device.
 absl::StatusOr<cudaStream_t> CudaStreamOf(Stream& stream);
+// The ordinal of its device; InvalidArgument for a stream that is not of CUDA, whatever it says of itself.
+absl::StatusOr<int> CudaDeviceOf(Stream& stream);
 
 }  // namespace longfill
 

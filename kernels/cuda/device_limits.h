@@ -13,6 +13,7 @@ struct DeviceLimits {
   int shared_bytes_per_block = 0;  // with the opt-in attribute set on the kernel
   int shared_bytes_per_sm = 0;
   int64_t l2_bytes = 0;
+  bool generic_kernels = false;  // CudaBackendOptions
 };
 
 }  // namespace longfill

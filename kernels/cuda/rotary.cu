@@ -136,7 +136,7 @@ absl::Status Check(const RotaryParams& params) {
     return absl::InvalidArgumentError(absl::StrCat("rotary: inv_freq has ", params.inv_freq.size(),
                                                    " entries for rotary_dim ", params.rotary_dim));
   }
-  if (params.positions.block < 1 || params.positions.stride < params.positions.block) {
+  if (params.positions.block < 1 || params.positions.stride < 0) {
     return absl::InvalidArgumentError(absl::StrCat("rotary: position map block ", params.positions.block,
                                                    " stride ", params.positions.stride));
   }

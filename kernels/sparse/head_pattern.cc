@@ -1,5 +1,6 @@
 #include "kernels/sparse/head_pattern.h"
 
+#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <span>
@@ -12,7 +13,7 @@ namespace longfill {
 namespace {
 
 constexpr std::string_view kForms =
-    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S or block-sparse:K";
+    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or block-share:R,TAU";
 
 // Positions are int32 everywhere, so no budget can mean more.
 constexpr int64_t kMaxBudget = std::numeric_limits<int32_t>::max();
@@ -25,10 +26,17 @@ std::string Quoted(std::string_view text) {
                       shown.size() < text.size() ? "...'" : "'");
 }
 
-absl::Status CheckBudget(const char* pattern, const char* field, int64_t value, int64_t min) {
-  if (value >= min && value <= kMaxBudget) return absl::OkStatus();
+absl::Status CheckBudget(const char* pattern, const char* field, int64_t value, int64_t min,
+                         int64_t max = kMaxBudget) {
+  if (value >= min && value <= max) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(pattern, ": ", field, " ", value, " is not in [", min, ", ", kMaxBudget, "]"));
+      absl::StrCat(pattern, ": ", field, " ", value, " is not in [", min, ", ", max, "]"));
+}
+
+// The shortest decimal form that reads back as the same number.
+std::string ShortestDecimal(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof(text), value).ptr};
 }
 
 struct PatternCheck {
@@ -46,6 +54,12 @@ struct PatternCheck {
   absl::Status operator()(const BlockSparse& p) const {
     return CheckBudget("block-sparse", "num_blocks", p.num_blocks, 1);
   }
+  absl::Status operator()(const BlockShare& p) const {
+    LF_RETURN_IF_ERROR(CheckBudget("block-share", "outliers", p.outliers, 0, kMaxOutliers));
+    if (p.min_share >= kLeastShare && p.min_share <= 1) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("block-share: min_share ", ShortestDecimal(p.min_share),
+                                                   " is not in [", ShortestDecimal(kLeastShare), ", 1]"));
+  }
 };
 
 // Exactly values.size() decimal integers separated by single commas, nothing around them.
@@ -61,9 +75,30 @@ bool ParseIntegers(std::string_view text, std::span<int64_t> values) {
   return at == end;
 }
 
+// Such a number and nothing around it.
+bool ParseDecimal(std::string_view text, double* value) {
+  const auto [after, error] = std::from_chars(text.data(), text.data() + text.size(), *value);
+  return error == std::errc() && after == text.data() + text.size();
+}
+
+// "R,TAU"
+bool ParseBlockShare(std::string_view text, BlockShare* pattern) {
+  const size_t comma = text.find(',');
+  return comma != std::string_view::npos &&
+         ParseIntegers(text.substr(0, comma), std::span(&pattern->outliers, 1)) &&
+         ParseDecimal(text.substr(comma + 1), &pattern->min_share);
+}
+
 }  // namespace
 
 absl::Status Validate(const HeadPattern& pattern) { return std::visit(PatternCheck(), pattern); }
+
+HeadPattern BoundByWindow(const HeadPattern& pattern, int64_t window, int64_t num_tokens) {
+  if (window == 0 || window >= num_tokens) return pattern;
+  const auto* a_shape = std::get_if<AShape>(&pattern);
+  if (a_shape != nullptr && a_shape->n_init == 0) return AShape{0, std::min(a_shape->n_local, window)};
+  return AShape{0, window};
+}
 
 absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text) {
   const size_t colon = text.find(':');
@@ -71,6 +106,7 @@ absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text) {
   const std::string_view numbers =
       colon == std::string_view::npos ? std::string_view() : text.substr(colon + 1);
   int64_t value[2] = {0, 0};
+  BlockShare block_share;
   HeadPattern pattern;
   if (text == "dense") {
     pattern = Dense();
@@ -80,6 +116,8 @@ absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text) {
     pattern = VerticalSlash{value[0], value[1]};
   } else if (name == "block-sparse" && ParseIntegers(numbers, std::span(value, 1))) {
     pattern = BlockSparse{value[0]};
+  } else if (name == "block-share" && ParseBlockShare(numbers, &block_share)) {
+    pattern = block_share;
   } else {
     return absl::InvalidArgumentError(absl::StrCat("attention pattern ", Quoted(text), ": ",
                                                    absl::string_view(kForms.data(), kForms.size())));
@@ -98,6 +136,9 @@ std::string ToString(const HeadPattern& pattern) {
       return absl::StrCat("vertical-slash:", p.vertical, ",", p.slash);
     }
     std::string operator()(const BlockSparse& p) const { return absl::StrCat("block-sparse:", p.num_blocks); }
+    std::string operator()(const BlockShare& p) const {
+      return absl::StrCat("block-share:", p.outliers, ",", ShortestDecimal(p.min_share));
+    }
   };
   return std::visit(Writer(), pattern);
 }

@@ -41,19 +41,41 @@ struct BlockSparse {
   friend bool operator==(const BlockSparse&, const BlockSparse&) = default;
 };
 
-using HeadPattern = std::variant<Dense, AShape, VerticalSlash, BlockSparse>;
+// The key blocks to which some row of a 64-row query block gives a share of at least min_share (tau). A key
+// block of 64 keys is represented by its mean and by the `outliers` (R) keys farthest from that mean; its
+// score for a row is the largest scaled product of the row's query with them, and the softmax of a row's
+// scores over the blocks that lie wholly before it are their shares. Block 0 and the nearest 4 blocks, the
+// diagonal one included, are forced. Every row votes and nothing is ranked, so lists have any length and
+// questions anywhere in the prompt are served alike.
+struct BlockShare {
+  int64_t outliers = 0;
+  double min_share = 0;
+  friend bool operator==(const BlockShare&, const BlockShare&) = default;
+};
+inline constexpr int64_t kMaxOutliers = 16;   // a quarter of a block: more is as dear as attention itself
+inline constexpr double kLeastShare = 1e-30;  // min_share is fp32 in kernels
+inline constexpr int64_t kForcedNearestBlocks = 4;  // of BlockShare
+
+using HeadPattern = std::variant<Dense, AShape, VerticalSlash, BlockSparse, BlockShare>;
 
 // InvalidArgument naming the field and value: negative budgets, n_local < 1, vertical + slash < 1, num_blocks
-// < 1.
+// < 1, outliers above kMaxOutliers, min_share not in [kLeastShare, 1].
 absl::Status Validate(const HeadPattern& pattern);
 
-// "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K"; the result has passed Validate.
+// What a head with this pattern computes in a layer whose queries see the `window` keys up to their own alone
+// (0: all before them): nothing outside of the window, which is exact. The pattern itself where the window
+// holds the prompt; the nearest min(n_local, window) distances for an A-shape without sink; for every other
+// pattern the whole window, as AShape{0, window}, which is at least what the pattern selects inside of it.
+HeadPattern BoundByWindow(const HeadPattern& pattern, int64_t window, int64_t num_tokens);
+
+// "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU" (TAU a
+// decimal number); the result has passed Validate.
 absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text);
 std::string ToString(const HeadPattern& pattern);  // inverse of ParseHeadPattern
 
 // Which pairs a selection covers (kernels/sparse/coverage.h).
 enum class Coverage : uint8_t {
-  kTiles,   // ours: the union, per 64-row block, of the 64-key windows of the selected distances
+  kTiles,  // ours: whole 64-key pieces over the windows of the selected distances, the same in all row blocks
   kParity,  // exactly what the public MInference kernels cover
 };
 absl::StatusOr<Coverage> ParseCoverage(std::string_view text);  // "tiles" or "parity"

@@ -10,20 +10,6 @@
 namespace longfill {
 namespace {
 
-// Windows of distances at most 64 apart touch or overlap in every row block, so their union is one range of
-// keys.
-std::vector<DistanceRun> MergeDistances(const std::vector<int32_t>& distances) {
-  std::vector<DistanceRun> runs;
-  for (const int64_t d : distances) {
-    if (!runs.empty() && d - (runs.back().d_hi - 1) <= kRowBlock) {
-      runs.back().d_hi = d + 1;
-    } else {
-      runs.push_back({d, d + 1, false});
-    }
-  }
-  return runs;
-}
-
 // Ascending, unique, in [0, limit).
 absl::Status CheckPositions(const char* what, const std::vector<int32_t>& values, int64_t limit) {
   for (size_t i = 0; i < values.size(); ++i) {
@@ -76,7 +62,7 @@ absl::Status CheckIndex(const DiagonalColumnIndex& index, int64_t num_tokens) {
     return absl::InternalError(absl::StrCat("sparse index: distances start at ", index.distances.front(),
                                             ", distance 0 is missing"));
   }
-  if (index.coverage == Coverage::kTiles && index.runs != MergeDistances(index.distances)) {
+  if (index.coverage == Coverage::kTiles && index.runs != CoarseRuns(index.distances)) {
     return absl::InternalError(absl::StrCat("sparse index: the ", index.runs.size(),
                                             " runs are not those of the ", index.distances.size(),
                                             " distances"));
@@ -120,6 +106,21 @@ absl::Status CheckIndex(const BlockListIndex& index, int64_t num_tokens) {
 
 }  // namespace
 
+std::vector<DistanceRun> CoarseRuns(std::span<const int32_t> distances) {
+  std::vector<DistanceRun> runs;  // from the largest distances on; d_lo is where the last piece is
+  for (auto it = distances.rbegin(); it != distances.rend(); ++it) {
+    const int64_t d = *it;
+    if (runs.empty() || d < runs.back().d_lo - kRowBlock) {
+      runs.push_back({d, d + 1, false});
+    } else if (d < runs.back().d_lo) {
+      runs.back().d_lo -= kRowBlock;
+    }
+  }
+  std::reverse(runs.begin(), runs.end());
+  if (!runs.empty()) runs.front().d_lo = std::max<int64_t>(runs.front().d_lo, 0);
+  return runs;
+}
+
 SparseIndex MakeDenseIndex() {
   DiagonalColumnIndex index;
   index.runs = {{0, kNoMaxDistance, true}};
@@ -140,7 +141,7 @@ SparseIndex MakeVerticalSlashIndex(std::vector<int32_t> columns, std::vector<int
   std::sort(columns.begin(), columns.end());
   std::sort(distances.begin(), distances.end());
   if (!std::binary_search(distances.begin(), distances.end(), 0)) distances.insert(distances.begin(), 0);
-  if (coverage == Coverage::kTiles) index.runs = MergeDistances(distances);
+  if (coverage == Coverage::kTiles) index.runs = CoarseRuns(distances);
   index.distances = std::move(distances);
   index.columns = std::move(columns);
   index.coverage = coverage;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <variant>
 #include <vector>
 
@@ -31,8 +32,8 @@ struct DistanceRun {
 struct DiagonalColumnIndex {
   std::vector<int32_t> distances;  // the selected distances, ascending, unique; empty for dense and A-shape
   // Ascending, disjoint; an exact run is at least 64 from its neighbours, so that no key of a row block needs
-  // two predicates. Coarse runs are `distances` with gaps up to 64 closed. Empty in parity coverage, which
-  // walks `distances`.
+  // two predicates. With `distances` they are CoarseRuns of these. Empty in parity coverage, which walks
+  // `distances` for each row block.
   std::vector<DistanceRun> runs;
   std::vector<int32_t> columns;  // key positions, ascending, unique
   Coverage coverage = Coverage::kTiles;
@@ -48,6 +49,13 @@ struct BlockListIndex {
 };
 
 using SparseIndex = std::variant<DiagonalColumnIndex, BlockListIndex>;
+
+// The coarse runs of distances that ascend: whole pieces of 64 keys, which cover all windows. The piece at p
+// is the keys [64m - p, 64m - p + 64) of row block m. The first one is at the largest distance; after a piece
+// at p the next is at min(largest distance below p, p - 64), until no distance is below p. Pieces that touch
+// are one run, so d_hi - 1 - d_lo is a multiple of 64, but for a last piece below 0, which is cut there. This
+// is the published walk (coverage.h) of a row block that all distances reach, taken for every row block.
+std::vector<DistanceRun> CoarseRuns(std::span<const int32_t> distances);
 
 // Lowerings. `distances` and `columns` come in any order, without duplicates; distance 0 is added when it is
 // missing.

@@ -107,6 +107,7 @@ v1::KvManifest ToProto(const KvManifest& manifest, int64_t lease_ms) {
   message.set_num_layers(manifest.num_layers);
   message.set_num_kv_heads(manifest.num_kv_heads);
   message.set_head_dim(manifest.head_dim);
+  message.set_rotary_chunk_tokens(manifest.rotary_chunk_tokens);
   message.set_dtype(ToProto(manifest.dtype));
   for (const KvShard& shard : manifest.shards) {
     v1::KvShard* to = message.add_shards();
@@ -176,6 +177,7 @@ absl::StatusOr<KvManifest> FromProto(const v1::KvManifest& message) {
   manifest.num_layers = message.num_layers();
   manifest.num_kv_heads = message.num_kv_heads();
   manifest.head_dim = message.head_dim();
+  manifest.rotary_chunk_tokens = message.rotary_chunk_tokens();
   LF_ASSIGN_OR_RETURN(manifest.dtype, FromProto(message.dtype()));
   for (const v1::KvShard& from : message.shards()) {
     KvShard shard{.rank = from.rank(), .endpoint = from.endpoint()};
@@ -186,6 +188,76 @@ absl::StatusOr<KvManifest> FromProto(const v1::KvManifest& message) {
   LF_RETURN_IF_ERROR(CheckManifest(manifest));
   return manifest;
 }
+
+v1::RecallOptions ToProto(const RecallOptions& options) {
+  v1::RecallOptions message;
+  message.set_monitor(options.monitor);
+  message.set_min_recall(options.min_recall);
+  return message;
+}
+
+absl::StatusOr<RecallOptions> FromProto(const v1::RecallOptions& message) {
+  const RecallOptions options = {message.monitor(), message.min_recall()};
+  LF_RETURN_IF_ERROR(Annotate(Validate(options), "recall"));
+  return options;
+}
+
+namespace {
+
+v1::RecallFigures ToProto(const RecallFigures& figures) {
+  v1::RecallFigures message;
+  message.set_rows(figures.rows);
+  message.set_min_recall(figures.min_recall);
+  message.set_mean(figures.mean);
+  message.set_min(figures.min);
+  message.set_min_layer(figures.min_layer);
+  message.set_min_head(figures.min_head);
+  message.set_recomputed(figures.recomputed);
+  message.set_seconds(figures.seconds);
+  message.set_pair_share(figures.pair_share);
+  for (const LayerRecall& layer : figures.layers) {
+    v1::LayerRecall* to = message.add_layers();
+    to->set_watched(layer.watched);
+    for (const double recall : layer.heads) to->add_heads(recall);
+    for (const RecomputedHead& head : layer.recomputed) {
+      v1::RecomputedHead* to_head = to->add_recomputed();
+      to_head->set_head(head.head);
+      to_head->set_pattern(ToString(head.pattern));
+      to_head->set_recall_before(head.recall_before);
+      to_head->set_recall(head.recall);
+      to_head->set_density(head.density);
+    }
+  }
+  return message;
+}
+
+RecallFigures FromProto(const v1::RecallFigures& message) {
+  RecallFigures figures = {.rows = message.rows(),
+                           .min_recall = message.min_recall(),
+                           .mean = message.mean(),
+                           .min = message.min(),
+                           .min_layer = message.min_layer(),
+                           .min_head = message.min_head(),
+                           .recomputed = message.recomputed(),
+                           .seconds = message.seconds(),
+                           .pair_share = message.pair_share()};
+  for (const v1::LayerRecall& layer : message.layers()) {
+    LayerRecall& to = figures.layers.emplace_back();
+    to.watched = layer.watched();
+    to.heads.assign(layer.heads().begin(), layer.heads().end());
+    for (const v1::RecomputedHead& head : layer.recomputed()) {
+      // A service of another version may have a pattern that this client has no name for.
+      to.recomputed.push_back({.head = head.head(),
+                               .pattern = ParseHeadPattern(head.pattern()).value_or(HeadPattern()),
+                               .recall_before = head.recall_before(),
+                               .recall = head.recall(),
+                               .density = head.density()});
+    }
+  }
+  return figures;
+}
+
+}  // namespace
 
 v1::PrefillFigures ToProto(const PrefillFigures& figures) {
   v1::PrefillFigures message;
@@ -199,6 +271,7 @@ v1::PrefillFigures ToProto(const PrefillFigures& figures) {
   message.set_attention_seconds(figures.attention_seconds);
   message.set_linear_seconds(figures.linear_seconds);
   message.set_communication_seconds(figures.communication_seconds);
+  message.set_exposed_communication_seconds(figures.exposed_communication_seconds);
   message.set_published_pairs(figures.published_pairs);
   message.set_covered_pairs(figures.covered_pairs);
   message.set_computed_pairs(figures.computed_pairs);
@@ -214,7 +287,9 @@ v1::PrefillFigures ToProto(const PrefillFigures& figures) {
   message.set_planned_device_bytes(figures.planned_device_bytes);
   message.set_outside_device_bytes(figures.outside_device_bytes);
   message.set_device(figures.device);
+  message.set_communicator(figures.communicator);
   message.set_compute_dtype(std::string(DTypeName(figures.compute_dtype)));
+  if (figures.recall.rows > 0) *message.mutable_recall() = ToProto(figures.recall);
   return message;
 }
 
@@ -229,6 +304,7 @@ PrefillFigures FromProto(const v1::PrefillFigures& message) {
   figures.attention_seconds = message.attention_seconds();
   figures.linear_seconds = message.linear_seconds();
   figures.communication_seconds = message.communication_seconds();
+  figures.exposed_communication_seconds = message.exposed_communication_seconds();
   figures.published_pairs = message.published_pairs();
   figures.covered_pairs = message.covered_pairs();
   figures.computed_pairs = message.computed_pairs();
@@ -244,8 +320,10 @@ PrefillFigures FromProto(const v1::PrefillFigures& message) {
   figures.planned_device_bytes = message.planned_device_bytes();
   figures.outside_device_bytes = message.outside_device_bytes();
   figures.device = message.device();
+  figures.communicator = message.communicator();
   // A service of another version may not say it, or compute in a type that this client has no name for.
   figures.compute_dtype = ParseDType(message.compute_dtype()).value_or(DType::kFloat32);
+  if (message.has_recall()) figures.recall = FromProto(message.recall());
   return figures;
 }
 
@@ -256,6 +334,7 @@ v1::MemoryPlan ToProto(const MemoryPlan& plan) {
   message.set_attention_bytes(plan.attention_bytes);
   message.set_index_bytes(plan.index_bytes);
   message.set_logits_bytes(plan.logits_bytes);
+  message.set_kv_budget_bytes(plan.kv_budget_bytes);
   message.set_kv_store_bytes(plan.kv_store_bytes);
   message.set_total_bytes(plan.TotalBytes());
   message.set_outside_bytes(plan.outside_bytes);
@@ -271,6 +350,7 @@ MemoryPlan FromProto(const v1::MemoryPlan& message) {
           .activation_bytes = message.activation_bytes(),
           .index_bytes = message.index_bytes(),
           .attention_bytes = message.attention_bytes(),
+          .kv_budget_bytes = message.kv_budget_bytes(),
           .outside_bytes = message.outside_bytes(),
           .logits_bytes = message.logits_bytes(),
           .staging_bytes = message.staging_bytes(),

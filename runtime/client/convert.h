@@ -32,6 +32,10 @@ v1::KvManifest ToProto(const KvManifest& manifest, int64_t lease_ms);
 // DataLoss if it contradicts itself: sizes, ranges out of order, tokens that no shard or more than one owns.
 absl::StatusOr<KvManifest> FromProto(const v1::KvManifest& message);
 
+v1::RecallOptions ToProto(const RecallOptions& options);
+// InvalidArgument with the value where the least recall is none.
+absl::StatusOr<RecallOptions> FromProto(const v1::RecallOptions& message);
+
 v1::PrefillFigures ToProto(const PrefillFigures& figures);
 PrefillFigures FromProto(const v1::PrefillFigures& message);
 v1::MemoryPlan ToProto(const MemoryPlan& plan);

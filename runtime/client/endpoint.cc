@@ -6,13 +6,13 @@
 namespace longfill {
 namespace {
 
-bool IsWildcard(std::string_view host) { return host.empty() || host == "0.0.0.0" || host == "[::]"; }
-
 bool IsLoopback(std::string_view host) {
   return host == "localhost" || host == "[::1]" || host.substr(0, 4) == "127.";
 }
 
 }  // namespace
+
+bool IsWildcardHost(std::string_view host) { return host.empty() || host == "0.0.0.0" || host == "[::]"; }
 
 absl::StatusOr<HostPort> ParseHostPort(std::string_view text) {
   const size_t colon = text.rfind(':');
@@ -35,9 +35,9 @@ absl::StatusOr<HostPort> ParseHostPort(std::string_view text) {
 absl::StatusOr<std::string> ResolveEndpoint(std::string_view endpoint, std::string_view target) {
   LF_ASSIGN_OR_RETURN(const HostPort at, ParseHostPort(endpoint));
   LF_ASSIGN_OR_RETURN(const HostPort reached, ParseHostPort(target));
-  if (IsWildcard(at.host))
-    return absl::StrCat(IsWildcard(reached.host) ? "127.0.0.1" : reached.host, ":", at.port);
-  if (IsLoopback(at.host) && !IsLoopback(reached.host) && !IsWildcard(reached.host)) {
+  if (IsWildcardHost(at.host))
+    return absl::StrCat(IsWildcardHost(reached.host) ? "127.0.0.1" : reached.host, ":", at.port);
+  if (IsLoopback(at.host) && !IsLoopback(reached.host) && !IsWildcardHost(reached.host)) {
     return absl::FailedPreconditionError(
         absl::StrCat("the KV pages are served at ", std::string(endpoint), ", on loopback of ", reached.host,
                      "; start the service with an address that this machine can reach"));

@@ -16,8 +16,11 @@ struct HostPort {
 // "HOST:PORT" or "[IPV6]:PORT"; the host may be empty. InvalidArgument for anything else, naming the text.
 absl::StatusOr<HostPort> ParseHostPort(std::string_view text);
 
+// 0.0.0.0, [::] or empty: every address of a host.
+bool IsWildcardHost(std::string_view host);
+
 // Where a client of `target` (HOST:PORT of rank 0) reaches a rank whose manifest entry is `endpoint`. A
-// wildcard host (0.0.0.0, [::], empty) becomes the target's host. A loopback host stays; it is
+// wildcard host becomes the target's host. A loopback host stays; it is
 // FailedPrecondition when the target is not on loopback, since it would be reached on the wrong machine.
 absl::StatusOr<std::string> ResolveEndpoint(std::string_view endpoint, std::string_view target);
 

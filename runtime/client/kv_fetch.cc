@@ -116,6 +116,7 @@ absl::StatusOr<std::unique_ptr<KvFetch>> KvFetch::Start(const KvManifest& manife
     peer->shard = &shard;
     LF_ASSIGN_OR_RETURN(peer->endpoint, ResolveEndpoint(shard.endpoint, target));
     peer->stub = v1::KvService::NewStub(MakeChannel(peer->endpoint));
+    peer->context.set_deadline(options.deadline);
     fetch->peers_.push_back(std::move(peer));
   }
   LF_RETURN_IF_ERROR(consumer->OnManifest(fetch->manifest_));

@@ -25,6 +25,8 @@ struct KvFetchOptions {
   // learns more: on_error waits so long after an error that a rank sent.
   std::chrono::milliseconds error_grace{2000};
   std::chrono::milliseconds end_timeout{5000};  // of EndTransfer on one rank
+  // DeadlineExceeded for what has not come by then.
+  std::chrono::system_clock::time_point deadline = std::chrono::system_clock::time_point::max();
 };
 
 // Reads a whole KV cache from all ranks at once, a thread and a connection for each, and keeps its leases

@@ -31,6 +31,7 @@ v1::PrefillRequest HeaderOf(std::span<const int32_t> ids, const SubmitOptions& o
   header->set_coverage(ToProto(options.coverage));
   for (const int64_t position : options.logits_positions) header->add_logits_positions(position);
   if (options.kv_dtype) header->set_kv_dtype(ToProto(*options.kv_dtype));
+  if (options.recall) *header->mutable_recall() = ToProto(*options.recall);
   return request;
 }
 
@@ -147,6 +148,7 @@ class PrefillRun {
     if (events_.on_accepted) events_.on_accepted(accepted);
     KvFetchOptions fetch_options;
     fetch_options.message_bytes = options_.page_message_bytes;
+    fetch_options.deadline = context_->deadline();
     fetch_options.lease = std::chrono::milliseconds(message.manifest().lease_ms());
     KvManifest manifest = accepted.manifest;
     if (consumer_ == nullptr) {
@@ -157,6 +159,8 @@ class PrefillRun {
                                                  fetch_failed_ = true;
                                                  context_->TryCancel();
                                                }));
+    // At once: no rank waits for a reader that will not come. What could not be told ends by its lease.
+    if (consumer_ == nullptr) (void)fetch_->End(TransferState::kComplete, "");
     return absl::OkStatus();
   }
 

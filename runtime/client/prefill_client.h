@@ -33,6 +33,7 @@ struct SubmitOptions {
   Coverage coverage = Coverage::kTiles;
   std::vector<int64_t> logits_positions;  // empty: the last
   std::optional<DType> kv_dtype;          // empty: what the service computes in
+  std::optional<RecallOptions> recall;    // empty: what the service was started with
   std::chrono::milliseconds timeout{0};   // of the whole prefill; 0: none
 };
 
@@ -93,8 +94,8 @@ class PrefillClient {
 
   // Sends the prompt and waits for the result. With a consumer the KV cache is fetched while it is computed,
   // straight from every rank; its transfer is ended as complete when the consumer has everything, as aborted
-  // otherwise. Without one it is ended unread. Errors are the service's, or the consumer's; Cancelled after
-  // cancellation->Cancel(). `refusal`, if not null, is filled where the service said more.
+  // otherwise. Without one it is ended unread, at once. Errors are the service's, or the consumer's;
+  // Cancelled after cancellation->Cancel(). `refusal`, if not null, is filled where the service said more.
   absl::StatusOr<Prefilled> Prefill(std::span<const int32_t> ids, const SubmitOptions& options,
                                     KvConsumer* consumer, const PrefillEvents& events = {},
                                     Cancellation* cancellation = nullptr, PrefillRefusal* refusal = nullptr);

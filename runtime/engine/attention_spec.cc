@@ -1,5 +1,6 @@
 #include "runtime/engine/attention_spec.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <utility>
 
@@ -11,17 +12,47 @@ namespace {
 
 constexpr std::string_view kAuto = "auto";
 
-absl::StatusOr<ResolvedAttention> Resolve(AttentionSpec spec, std::string_view why, int64_t num_layers,
-                                          int64_t num_q_heads) {
+// Says so in `resolved` where a window cuts patterns.
+void ApplyWindows(const ModelConfig& config, int64_t num_tokens, ResolvedAttention& resolved) {
+  int64_t layers = 0;
+  int64_t widest = 0;
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    const int64_t window = config.WindowOf(layer);
+    if (window == 0 || window >= num_tokens) continue;
+    ++layers;
+    widest = std::max(widest, window);
+    for (int64_t head = 0; head < config.num_q_heads; ++head) {
+      const HeadPattern bounded = BoundByWindow(resolved.patterns.at(layer, head), window, num_tokens);
+      resolved.patterns.Set(layer, head, bounded, resolved.patterns.score(layer, head));
+    }
+  }
+  if (layers > 0) absl::StrAppend(&resolved.resolved, ", windows of ", widest, " in ", layers, " layers");
+}
+
+// Says so in `resolved`, and refuses what dual chunk attention does not have.
+absl::Status ApplyDualChunks(const ModelConfig& config, int64_t num_tokens, ResolvedAttention& resolved) {
+  const DualChunk& dual_chunk = config.rope.dual_chunk;
+  if (!dual_chunk.Splits(num_tokens)) return absl::OkStatus();
+  for (int64_t layer = 0; layer < config.num_layers; ++layer) {
+    LF_RETURN_IF_ERROR(CheckDualChunkPatterns(resolved.patterns.layer(layer), Coverage::kTiles));
+  }
+  absl::StrAppend(&resolved.resolved, ", in dual chunks of ", dual_chunk.chunk_len());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ResolvedAttention> Resolve(AttentionSpec spec, std::string_view why, int64_t num_tokens,
+                                          const ModelConfig& config) {
   ResolvedAttention resolved;
   if (spec.pattern_json.empty()) {
     LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(spec.text));
-    resolved.patterns = PatternSet::Uniform(pattern, num_layers, num_q_heads);
+    resolved.patterns = PatternSet::Uniform(pattern, config.num_layers, config.num_q_heads);
   } else {
     LF_ASSIGN_OR_RETURN(resolved.patterns,
-                        ParsePatterns(spec.pattern_json, spec.text, num_layers, num_q_heads));
+                        ParsePatterns(spec.pattern_json, spec.text, config.num_layers, config.num_q_heads));
   }
   resolved.resolved = absl::StrCat(spec.text, std::string(why));
+  ApplyWindows(config, num_tokens, resolved);
+  LF_RETURN_IF_ERROR(ApplyDualChunks(config, num_tokens, resolved));
   resolved.spec = std::move(spec);
   return resolved;
 }
@@ -68,14 +99,14 @@ std::string DescribeAuto(const AttentionDefaults& defaults) {
 
 absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
                                                    const AttentionDefaults& defaults, int64_t num_tokens,
-                                                   int64_t num_layers, int64_t num_q_heads) {
-  if (spec.text != kAuto) return Resolve(spec, "", num_layers, num_q_heads);
+                                                   const ModelConfig& config) {
+  if (spec.text != kAuto) return Resolve(spec, "", num_tokens, config);
   if (num_tokens < defaults.dense_below) {
     return Resolve({.text = "dense"},
-                   absl::StrCat(" (auto: ", num_tokens, " tokens < ", defaults.dense_below, ")"), num_layers,
-                   num_q_heads);
+                   absl::StrCat(" (auto: ", num_tokens, " tokens < ", defaults.dense_below, ")"), num_tokens,
+                   config);
   }
-  return Resolve(LongPromptSpec(defaults), " (auto)", num_layers, num_q_heads);
+  return Resolve(LongPromptSpec(defaults), " (auto)", num_tokens, config);
 }
 
 }  // namespace longfill

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "kernels/base/status.h"
+#include "models/config.h"
 #include "models/pattern_file.h"
 
 namespace longfill {
@@ -30,7 +31,8 @@ absl::StatusOr<std::optional<AttentionSpec>> ReadModelPatterns(const std::string
 struct ResolvedAttention {
   AttentionSpec spec;    // never "auto"
   PatternSet patterns;   // one pattern for each layer and query head
-  std::string resolved;  // for example "dense (auto: 4096 tokens < 32768)", "vertical-slash:1000,6096 (auto)"
+  std::string resolved;  // for example "dense (auto: 4096 tokens < 32768)", "vertical-slash:1000,6096
+                         // (auto)", "dense, windows of 4096 in 32 layers"
 };
 
 struct AttentionDefaults {
@@ -43,9 +45,11 @@ struct AttentionDefaults {
 // vertical-slash:1000,6096".
 std::string DescribeAuto(const AttentionDefaults& defaults);
 
+// For a prompt of num_tokens on a model; in layers with a sliding window the patterns are what BoundByWindow
+// makes of them.
 absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
                                                    const AttentionDefaults& defaults, int64_t num_tokens,
-                                                   int64_t num_layers, int64_t num_q_heads);
+                                                   const ModelConfig& config);
 
 }  // namespace longfill
 

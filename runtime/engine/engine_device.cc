@@ -11,11 +11,11 @@ namespace {
 
 constexpr int64_t kLazyKernelBytes = int64_t{128} << 20;
 
-int OrdinalOf(const DeviceOptions& options, int num_devices) {
+}  // namespace
+
+int DeviceOrdinal(const DeviceOptions& options, int num_devices) {
   return options.ordinal >= 0 ? options.ordinal : options.local_rank % num_devices;
 }
-
-}  // namespace
 
 absl::StatusOr<std::shared_ptr<Backend>> CreateBackend(const DeviceOptions& options) {
   if (options.kind == DeviceKind::kCpu) {
@@ -26,14 +26,15 @@ absl::StatusOr<std::shared_ptr<Backend>> CreateBackend(const DeviceOptions& opti
     return std::shared_ptr<Backend>(CreateCpuBackend(options.num_threads));
   }
   LF_ASSIGN_OR_RETURN(const int num_devices, CudaDeviceCount());
-  const int ordinal = OrdinalOf(options, num_devices);
+  const int ordinal = DeviceOrdinal(options, num_devices);
   if (ordinal >= num_devices) {
     return absl::InvalidArgumentError(
         absl::StrCat("CUDA device ", ordinal, " is asked for, the visible ones are 0 to ", num_devices - 1));
   }
   LF_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                       CreateCudaBackend({.device = ordinal,
-                                         .compute_dtype = options.compute_dtype.value_or(DType::kBFloat16)}));
+                                         .compute_dtype = options.compute_dtype.value_or(DType::kBFloat16),
+                                         .generic_kernels = options.generic_kernels}));
   return std::shared_ptr<Backend>(std::move(backend));
 }
 
@@ -41,21 +42,36 @@ absl::StatusOr<int> RanksOnDevice(const DeviceOptions& options) {
   if (options.kind == DeviceKind::kCpu) return 1;
   if (options.ordinal >= 0) return options.ranks_on_host;
   LF_ASSIGN_OR_RETURN(const int num_devices, CudaDeviceCount());
-  const bool one_more = OrdinalOf(options, num_devices) < options.ranks_on_host % num_devices;
+  const bool one_more = DeviceOrdinal(options, num_devices) < options.ranks_on_host % num_devices;
   return options.ranks_on_host / num_devices + (one_more ? 1 : 0);
+}
+
+absl::StatusOr<int64_t> OutsideBytesInUse(Backend& backend, int ranks_on_device) {
+  if (backend.kernels().device() == DeviceKind::kCpu) return 0;
+  LF_ASSIGN_OR_RETURN(const int64_t free_bytes, backend.FreeMemoryBytes());
+  const int64_t of_each = (backend.facts().memory_bytes - free_bytes) / ranks_on_device;
+  return std::max<int64_t>(0, of_each - backend.memory().bytes_in_use());
 }
 
 absl::StatusOr<int64_t> MeasureOutsideBytes(Backend& backend, int ranks_on_device) {
   if (backend.kernels().device() == DeviceKind::kCpu) return 0;
+  LF_ASSIGN_OR_RETURN(const int64_t in_use, OutsideBytesInUse(backend, ranks_on_device));
+  return in_use + kLazyKernelBytes;
+}
+
+absl::StatusOr<int64_t> ForecastOutsideBytes(Backend& backend) {
+  if (backend.facts().free_bytes_before == 0) return MeasureOutsideBytes(backend, 1);
   LF_ASSIGN_OR_RETURN(const int64_t free_bytes, backend.FreeMemoryBytes());
-  const int64_t of_each = (backend.facts().memory_bytes - free_bytes) / ranks_on_device;
-  return std::max<int64_t>(0, of_each - backend.memory().bytes_in_use()) + kLazyKernelBytes;
+  const int64_t taken = backend.facts().free_bytes_before - free_bytes;
+  return std::max<int64_t>(0, taken - backend.memory().bytes_in_use()) + kLazyKernelBytes;
 }
 
 absl::StatusOr<int64_t> AvailableDeviceBytes(Backend& backend, int ranks_on_device, int64_t outside_bytes) {
   if (backend.kernels().device() == DeviceKind::kCpu) return 0;
   LF_ASSIGN_OR_RETURN(const int64_t free_bytes, backend.FreeMemoryBytes());
-  return free_bytes / ranks_on_device + backend.memory().bytes_in_use() + outside_bytes - kLazyKernelBytes;
+  LF_ASSIGN_OR_RETURN(const int64_t idle_bytes, backend.memory().IdleBytes());
+  return (free_bytes - idle_bytes) / ranks_on_device + idle_bytes + backend.memory().bytes_in_use() +
+         outside_bytes - kLazyKernelBytes;
 }
 
 }  // namespace longfill

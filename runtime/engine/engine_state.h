@@ -12,9 +12,11 @@
 #include "kernels/base/status.h"
 #include "kernels/base/stream.h"
 #include "models/config.h"
+#include "models/sharded_weights.h"
 #include "models/weights.h"
 #include "parallel/communicator.h"
 #include "parallel/parallel_attention.h"
+#include "runtime/engine/device_communicator.h"
 #include "runtime/engine/engine_device.h"
 #include "runtime/engine/memory_plan.h"
 #include "runtime/engine/prefill_engine.h"
@@ -26,8 +28,11 @@ struct EngineState {
   EngineState(EngineOptions options_in, Communicator& world_in, std::shared_ptr<Backend> backend_in)
       : options(std::move(options_in)), world(world_in), backend(std::move(backend_in)) {}
 
-  // Everything that one rank can do by itself.
+  // What one rank can do by itself: first its device, then what lies on it.
+  absl::Status OpenDevice();
   absl::Status Load();
+  // Collective, between the two: who shares the device, what of it is free, and how devices exchange.
+  absl::Status ShareDevice();
   // Collective, after Load succeeded everywhere.
   absl::Status Connect();
   // Collective, once all ranks have run what they will run.
@@ -39,6 +44,8 @@ struct EngineState {
   // After this the group is of no more use: a collective failed here, or is failing on a peer, or the device
   // is lost.
   absl::Status Break(const absl::Status& reason);
+  // Breaks the group if the device is lost.
+  absl::Status CheckDevice();
 
   MemoryPlanInput PlanInput(const PrefillRequest& request, const PatternSet& patterns) const;
   absl::StatusOr<MemoryBudget> Budget() const;
@@ -52,20 +59,35 @@ struct EngineState {
   KvRing ring;
   ModelConfig config;
   std::string fingerprint;
-  std::unique_ptr<const ModelWeights> weights;
-  std::unique_ptr<Communicator> staged_world;  // on a GPU
+  std::unique_ptr<const ModelWeights> replicated_weights;  // one of the two
+  std::unique_ptr<ShardedWeights> sharded_weights;
+  std::unique_ptr<Communicator> gpu_world;  // on a GPU
   std::unique_ptr<ParallelAttention> attention;
-  int ranks_on_device = 1;
-  int64_t outside_bytes = 0;  // MemoryPlan::outside_bytes
+  CommunicatorChoice communicator;
+  int ranks_on_device = 1;        // ranks of `world` that compute on this one's device
+  int64_t device_bytes_free = 0;  // for this rank, before any of them has loaded its weights
+  int64_t outside_bytes = 0;      // MemoryPlan::outside_bytes
   std::atomic<bool> healthy{true};
   bool shut_down = false;
 
+  // Of all layers, or of what belongs to none.
+  const ModelWeights& weights() const {
+    return sharded_weights != nullptr ? sharded_weights->resident() : *replicated_weights;
+  }
+  int64_t WeightsBytes() const {
+    return sharded_weights != nullptr ? sharded_weights->bytes() : replicated_weights->bytes();
+  }
+
   // For memory of the backend.
-  Communicator& device_world() { return staged_world != nullptr ? *staged_world : world; }
+  Communicator& device_world() { return gpu_world != nullptr ? *gpu_world : world; }
 
  private:
   absl::Status LoadWeights();
+  absl::Status LoadCheckpoint();
+  absl::Status DrawBenchModel();
+  absl::Status CheckWeightsFit(const ModelWeights* host) const;
   absl::Status CheckRanksHaveOneModel();
+  int CtasBesideExchange() const;
 };
 
 }  // namespace longfill

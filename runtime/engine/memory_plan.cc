@@ -5,12 +5,15 @@
 #include <algorithm>
 #include <fstream>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "models/transformer.h"
 #include "parallel/parallel_attention.h"
+#include "parallel/recall_monitor.h"
 #include "parallel/sparse_index_builder.h"
 #include "parallel/staged_communicator.h"
 
@@ -59,22 +62,63 @@ int64_t MostTokens(const ShardPlan& plan) {
   return most;
 }
 
-// Selection and attention of a layer take turns; the index that the one has made stays for the other.
-void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan* result) {
+// The index of a layer, of `shared` bytes more, and the scratch that makes it.
+void PlanSelection(const MemoryPlanInput& input, const ShardPlan& plan, std::span<const HeadPattern> patterns,
+                   int64_t shared, MemoryPlan* result) {
   const AttentionGeometry geometry = GeometryOf(*input.config);
-  result->attention_bytes = ParallelAttention::PlanBytes(*input.kernels, geometry, plan);
+  const int64_t stays = SparseIndexBuilder::IndexBytes(geometry, plan, patterns);
+  const int64_t scratch = SparseIndexBuilder::PlanBytes(*input.kernels, geometry, plan, patterns) - stays;
+  result->index_bytes = std::max(result->index_bytes, stays + shared);
+  result->attention_bytes = std::max(result->attention_bytes, scratch);
+}
+
+void PlanAttention(const MemoryPlanInput& input, const ShardPlan& plan, bool watched, int64_t window,
+                   MemoryPlan* result) {
+  const AttentionGeometry geometry = GeometryOf(*input.config);
+  const auto num_sampled =
+      watched ? static_cast<int64_t>(SampledPositions(plan.num_tokens(), geometry.q_per_kv()).size()) : 0;
+  result->attention_bytes =
+      std::max(result->attention_bytes,
+               ParallelAttention::PlanBytes(*input.kernels, geometry, plan, /*round_bytes=*/0, num_sampled));
+  if (!watched) return;
+  result->attention_bytes =
+      std::max(result->attention_bytes, RecallMonitor::PlanBytes(*input.kernels, geometry, plan, window));
+}
+
+// Recall, selection and attention of a layer take turns; the index that the one has made stays for the other.
+void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan* result) {
+  const ModelConfig& config = *input.config;
   for (int64_t layer = 0; layer < input.patterns->num_layers(); ++layer) {
     const auto patterns = input.patterns->layer(layer);
-    if (layer > 0 && std::ranges::equal(patterns, input.patterns->layer(layer - 1))) continue;
-    const int64_t stays = SparseIndexBuilder::IndexBytes(plan, patterns);
-    const int64_t selection = SparseIndexBuilder::PlanBytes(*input.kernels, geometry, plan, patterns) - stays;
-    result->index_bytes = std::max(result->index_bytes, stays);
-    result->attention_bytes = std::max(result->attention_bytes, selection);
+    const int64_t window = config.WindowOf(layer);
+    const bool as_before = layer > 0 && std::ranges::equal(patterns, input.patterns->layer(layer - 1)) &&
+                           window == config.WindowOf(layer - 1);
+    if (as_before) continue;
+    PlanSelection(input, plan, patterns, 0, result);
+    const HeadPattern all_keys = SeesAllPattern(window, plan.num_tokens());
+    const bool watched = input.recall.on() && !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) {
+                           return pattern == all_keys;
+                         });
+    PlanAttention(input, plan, watched, window, result);
+    if (!watched || input.recall.min_recall == 0) continue;
+    // Heads that do not fall short take the index over all keys, which they share.
+    const int64_t shared = SparseIndexBuilder::IndexBytes(GeometryOf(config), plan, {&all_keys, 1});
+    for (const int64_t factor : kBudgetFactors) {
+      std::vector<HeadPattern> wider;
+      for (const HeadPattern& pattern : patterns) {
+        wider.push_back(WidenedPattern(pattern, factor, window, plan.num_tokens()));
+      }
+      PlanSelection(input, plan, wider, shared, result);
+    }
   }
   if (input.replacement_bytes) result->index_bytes += input.replacement_bytes(input.num_tokens);
 }
 
 std::string Describe(const MemoryPlan& plan, const MemoryBudget& budget) {
+  if (plan.kv_needed_bytes > plan.kv_budget_bytes) {
+    return absl::StrCat(plan.kv_needed_bytes, " bytes for its KV cache on the largest rank and ",
+                        plan.kv_budget_bytes, " are kept for KV caches on the device");
+  }
   if (plan.device == DeviceKind::kCpu) {
     return absl::StrCat(plan.TotalBytes(), " bytes on the largest rank and ", budget.host_bytes,
                         " are available");
@@ -88,6 +132,7 @@ std::string Describe(const MemoryPlan& plan, const MemoryBudget& budget) {
 }
 
 bool Fits(const MemoryPlan& plan, const MemoryBudget& budget) {
+  if (plan.kv_needed_bytes > plan.kv_budget_bytes) return false;
   if (plan.device == DeviceKind::kCpu) return plan.TotalBytes() <= budget.host_bytes;
   return plan.DeviceBytes() <= budget.device_bytes && plan.HostBytes() <= budget.host_bytes;
 }
@@ -107,22 +152,28 @@ MemoryPlan PlanMemory(const MemoryPlanInput& input) {
   // Rank 0 holds all logits and what the owners sent.
   result.logits_bytes =
       2 * std::max<int64_t>(1, input.num_logits) * config.vocab_size * static_cast<int64_t>(sizeof(float));
-  if (result.device != DeviceKind::kCpu && input.mesh.size() > 1) {
+  if (result.device != DeviceKind::kCpu && input.mesh.size() > 1 && input.staged_exchange) {
     result.staging_bytes = 2 * kStagingSliceBytes;
   }
   result.kv_ring_bytes = KvRing::PlanBytes(result.device, input.kv_export);
-  if (input.keep_kv) {
-    result.kv_store_bytes = 2 * config.num_layers * config.num_kv_heads * MostTokens(plan) * config.head_dim *
-                            DTypeBytes(input.kv_dtype);
-  }
+  const KvTierPlan tier = PlanKvTier(input.kv_tier, {.num_layers = config.num_layers,
+                                                     .num_kv_heads = config.num_kv_heads,
+                                                     .num_rows = MostTokens(plan),
+                                                     .head_dim = config.head_dim,
+                                                     .kv_dtype = input.kv_dtype,
+                                                     .compute_dtype = input.kernels->compute_dtype(),
+                                                     .device = result.device});
+  result.kv_budget_bytes = tier.device_bytes;
+  result.kv_needed_bytes = tier.device_needed_bytes;
+  result.kv_store_bytes = tier.host_bytes;
   return result;
 }
 
-absl::StatusOr<int64_t> AvailableMemoryBytes(int ranks_on_host, int64_t mapped_bytes) {
+absl::StatusOr<int64_t> AvailableMemoryBytes(int ranks_on_host, int64_t held_bytes) {
   const std::optional<int64_t> available = ReadProcKilobytes("/proc/meminfo", "MemAvailable:");
   if (!available.has_value()) return absl::InternalError("/proc/meminfo has no MemAvailable");
   const int64_t bytes = std::min(*available, ControlGroupBytesLeft().value_or(*available));
-  return bytes / std::max(1, ranks_on_host) + mapped_bytes;
+  return bytes / std::max(1, ranks_on_host) + held_bytes;
 }
 
 int64_t LongestPrompt(MemoryPlanInput input, const MemoryBudget& budget, int64_t max_tokens) {

@@ -28,14 +28,22 @@ absl::Status WarmUp(EngineState& engine) {
   const EngineOptions options = engine.options;
   engine.options.index_replacement = nullptr;
   engine.options.memory_limit_bytes = 0;  // it is for prompts of clients
-  const int64_t num_tokens =
-      std::min<int64_t>(2 * kTokenBlock * engine.world.size(), engine.config.max_position_embeddings);
+  // Within the first of dual chunks, which know fewer patterns and have no kernels of their own.
+  const DualChunk& dual_chunk = engine.config.rope.dual_chunk;
+  const int64_t longest = dual_chunk.Tokens(0, engine.config.max_position_embeddings).end;
+  const int64_t num_tokens = std::min<int64_t>(2 * kTokenBlock * engine.world.size(), longest);
   absl::Status status;
-  for (const char* attention : {"dense", "vertical-slash:30,50", "block-sparse:1"}) {
+  constexpr std::pair<const char*, Coverage> kKinds[] = {{"dense", Coverage::kTiles},
+                                                         {"vertical-slash:30,50", Coverage::kTiles},
+                                                         {"vertical-slash:30,50", Coverage::kParity},
+                                                         {"block-sparse:1", Coverage::kTiles},
+                                                         {"block-share:1,0.5", Coverage::kTiles}};
+  for (const auto& [attention, coverage] : kKinds) {
     if (!status.ok()) break;
     PrefillRequest request;
     request.token_ids.assign(static_cast<size_t>(num_tokens), 0);
     request.attention.text = attention;
+    request.coverage = coverage;
     request.logits_positions = {num_tokens - 1};
     request.kv_dtype = engine.backend->kernels().compute_dtype();
     status = Annotate(RunPrefill(engine, request, MakeKvDiscardSinkFactory(), {}).status(),
@@ -51,6 +59,8 @@ absl::StatusOr<std::unique_ptr<PrefillEngine>> PrefillEngine::Create(const Engin
                                                                      Communicator& world,
                                                                      std::shared_ptr<Backend> backend) {
   auto impl = std::make_unique<Impl>(options, world, std::move(backend));
+  LF_RETURN_IF_ERROR(AgreeOnStatus(world, impl->OpenDevice(), impl->host_stream));
+  LF_RETURN_IF_ERROR(impl->ShareDevice());
   LF_RETURN_IF_ERROR(AgreeOnStatus(world, impl->Load(), impl->host_stream));
   LF_RETURN_IF_ERROR(impl->Connect());
   if (impl->backend->kernels().device() != DeviceKind::kCpu) {
@@ -66,7 +76,7 @@ PrefillEngine::~PrefillEngine() = default;
 const ModelConfig& PrefillEngine::config() const { return impl_->config; }
 const std::string& PrefillEngine::model_fingerprint() const { return impl_->fingerprint; }
 const Mesh& PrefillEngine::mesh() const { return impl_->options.mesh; }
-int64_t PrefillEngine::weights_bytes() const { return impl_->weights->bytes(); }
+int64_t PrefillEngine::weights_bytes() const { return impl_->WeightsBytes(); }
 DType PrefillEngine::compute_dtype() const { return impl_->backend->kernels().compute_dtype(); }
 Backend& PrefillEngine::backend() { return *impl_->backend; }
 Communicator& PrefillEngine::world() { return impl_->world; }
@@ -84,6 +94,12 @@ int64_t PrefillEngine::LongestPrompt(const PrefillRequest& request) const {
   if (!attention.ok() || !budget.ok()) return 0;
   return longfill::LongestPrompt(impl_->PlanInput(request, attention->patterns), *budget,
                                  impl_->config.max_position_embeddings);
+}
+
+std::string PrefillEngine::DescribeCommunicator() const {
+  std::string name(impl_->device_world().name());
+  if (impl_->gpu_world == nullptr) return name;
+  return absl::StrCat(name, ", ", impl_->communicator.reason);
 }
 
 std::string PrefillEngine::DescribeAuto() const { return longfill::DescribeAuto(impl_->options.attention); }
@@ -109,11 +125,23 @@ absl::Status PrefillEngine::Validate(const PrefillRequest& request) const {
           absl::StrCat("logits position ", position, " is outside the prompt of ", num_tokens, " tokens"));
     }
   }
+  LF_RETURN_IF_ERROR(longfill::Validate(request.recall));
+  if (request.recall.on() && impl_->options.index_replacement != nullptr) {
+    return absl::InvalidArgumentError("recall cannot be watched where indices are replaced");
+  }
+  if (request.recall.on() && config.rope.dual_chunk.Splits(num_tokens)) {
+    return absl::UnimplementedError(
+        absl::StrCat("recall is not watched with dual chunk attention, which the model computes beyond ",
+                     config.rope.dual_chunk.chunk_len(), " tokens; the prompt has ", num_tokens));
+  }
   if (!IsFloat(request.kv_dtype)) {
     return absl::InvalidArgumentError(absl::StrCat("KV dtype ", std::string(DTypeName(request.kv_dtype)),
                                                    " is not float32, bfloat16 or float16"));
   }
   LF_ASSIGN_OR_RETURN(const ResolvedAttention attention, impl_->Resolve(request));
+  for (int64_t layer = 0; layer < config.num_layers && config.rope.dual_chunk.Splits(num_tokens); ++layer) {
+    LF_RETURN_IF_ERROR(CheckDualChunkPatterns(attention.patterns.layer(layer), request.coverage));
+  }
   return impl_->CheckMemory(request, attention.patterns);
 }
 
@@ -122,7 +150,10 @@ absl::StatusOr<PrefillResult> PrefillEngine::Prefill(const PrefillRequest& reque
                                                      const PrefillCallbacks& callbacks) {
   LF_CHECK(impl_->world.rank() == 0);
   if (!healthy()) return absl::FailedPreconditionError("the group of ranks is broken");
-  LF_RETURN_IF_ERROR(Validate(request));
+  if (absl::Status status = Validate(request); !status.ok()) {
+    LF_RETURN_IF_ERROR(impl_->CheckDevice());
+    return status;
+  }
   const int64_t num_tokens = static_cast<int64_t>(request.token_ids.size());
   LF_ASSIGN_OR_RETURN(const ResolvedAttention attention, impl_->Resolve(request));
   PrefillRequest resolved = request;
@@ -150,7 +181,10 @@ absl::Status PrefillEngine::Serve(const KvSinkFactory& sink_factory,
     if (!command.ok()) return impl_->Break(command.status());
     if (std::holds_alternative<ShutdownCommand>(*command)) return absl::OkStatus();
     const auto* prefill = std::get_if<PrefillCommand>(&*command);
-    if (prefill == nullptr) continue;
+    if (prefill == nullptr) {
+      LF_RETURN_IF_ERROR(impl_->CheckDevice());
+      continue;
+    }
     const absl::StatusOr<PrefillResult> result =
         RunPrefill(*impl_, prefill->request, sink_factory, {.should_stop = should_stop});
     if (on_request_done) on_request_done(result.status());
@@ -167,6 +201,7 @@ absl::Status PrefillEngine::Shutdown() {
 
 absl::Status PrefillEngine::KeepAlive() {
   LF_CHECK(impl_->world.rank() == 0);
+  LF_RETURN_IF_ERROR(impl_->CheckDevice());
   return impl_->Send(KeepAliveCommand{});
 }
 

@@ -13,10 +13,12 @@
 #include "kernels/api/backend.h"
 #include "kernels/base/status.h"
 #include "models/config.h"
+#include "models/recall_guard.h"
 #include "parallel/communicator.h"
 #include "parallel/mesh.h"
 #include "parallel/sparse_index_builder.h"
 #include "runtime/engine/attention_spec.h"
+#include "runtime/engine/device_communicator.h"
 #include "runtime/engine/engine_device.h"
 #include "runtime/engine/memory_plan.h"
 #include "runtime/kv/kv_exporter.h"
@@ -45,14 +47,24 @@ class IndexReplacement {
   virtual void End() = 0;
 };
 
+enum class WeightPlacement : uint8_t {
+  kReplicated,  // every rank has all weights
+  kSharded,     // every rank keeps its share of each layer (models/sharded_weights.h); one rank: all
+};
+inline bool ShardsWeights(WeightPlacement placement, const Mesh& mesh) {
+  return placement == WeightPlacement::kSharded && mesh.size() > 1;
+}
+
 struct EngineOptions {
   std::string model_dir;
   std::optional<BenchModel> bench_model;  // instead of model_dir
   Mesh mesh;                              // mesh.size() == communicator size
+  WeightPlacement weights = WeightPlacement::kReplicated;
 
   DeviceOptions device;
+  DeviceCommunicatorOptions communicator;
   AttentionDefaults attention;  // model_patterns is filled by Create
-  bool keep_kv = false;         // the sink keeps all layers in host memory: counts in the memory plan
+  KvTierOptions kv_tier;        // what keeps K and V: counts in the memory plan
   KvExportOptions kv_export;
   // Of this rank's device (on the CPU: of the host); 0: what is available when a request comes.
   int64_t memory_limit_bytes = 0;
@@ -68,6 +80,7 @@ struct PrefillRequest {
   Coverage coverage = Coverage::kTiles;
   std::vector<int64_t> logits_positions;  // in the order asked; empty: the last position
   DType kv_dtype = DType::kFloat32;
+  RecallOptions recall;  // not with EngineOptions::index_replacement
 };
 
 struct PrefillProgress {
@@ -76,6 +89,22 @@ struct PrefillProgress {
   int64_t layers_done = 0;
   int64_t num_layers = 0;
   double seconds = 0;  // since the request was accepted
+};
+
+// What the recall monitor saw of a prompt (parallel/recall_monitor.h). Layers whose heads all see every key
+// count as 1.
+struct RecallFigures {
+  int64_t rows = 0;       // sampled, of each head; 0: nobody watched
+  double min_recall = 0;  // RecallOptions::min_recall
+  double mean = 1;        // over layers and heads, after recomputation
+  double min = 1;         // of the least of them, and which it is
+  int64_t min_layer = 0, min_head = 0;
+  int64_t recomputed = 0;  // heads, of all layers
+  // What watching cost: seconds of the slowest rank, and (row, key) pairs that it multiplied over those of
+  // attention.
+  double seconds = 0;
+  double pair_share = 0;
+  std::vector<LayerRecall> layers;
 };
 
 // What was measured; the fields of `longfill prefill --json`. Times are of the slowest rank for each part.
@@ -89,25 +118,32 @@ struct PrefillFigures {
   double attention_seconds = 0;
   double linear_seconds = 0;  // gemm_seconds and other_seconds
   double gemm_seconds = 0;
-  double other_seconds = 0;  // norms, rotary, activations, embedding, copies on the device
-  double communication_seconds = 0;
-  double exposed_copy_seconds = 0;  // compute stood still until K and V of the layer before had left
-  int64_t published_pairs = 0;      // causal pairs, all heads and layers (kernels/sparse/coverage.h)
+  double other_seconds = 0;                  // norms, rotary, activations, embedding, copies on the device
+  double communication_seconds = 0;          // exchanges between ranks with their copies, waiting for peers
+  double exposed_communication_seconds = 0;  // of these, in which compute stood still
+  double exposed_copy_seconds = 0;           // compute stood still until K and V of the layer before had left
+  int64_t published_pairs = 0;               // causal pairs, all heads and layers (kernels/sparse/coverage.h)
   int64_t covered_pairs = 0;
   int64_t computed_pairs = 0;
-  double density = 0;  // covered causal pairs over all causal pairs
+  double density =
+      0;  // covered causal pairs over all causal pairs; heads that are computed again count again
   std::vector<int64_t> rank_covered_pairs;
   double imbalance = 0;                     // their maximum over their mean; 1 when nothing is covered
-  int64_t kv_bytes = 0;                     // of all ranks
+  int64_t kv_bytes = 0;                     // of all ranks, of the cache as it is stored
   std::vector<uint32_t> rank_kv_checksums;  // KvSink::checksum; empty where sinks keep none
   int64_t peak_memory_bytes = 0;            // largest resident set of a rank, as the kernel counts it
-  // Of the rank that had most. Both are of Backend::memory(), without what the driver and libraries take for
-  // themselves (outside_device_bytes, 0 on a CPU).
+  // Of the rank that had most. Peak and plan are of Backend::memory(), by our own account; the held bytes are
+  // those that it had of the device at most, by the device's account, with what it keeps for later
+  // allocations (0 from a service). What the driver and libraries took beside it by the end is outside; 0 on
+  // a CPU.
   int64_t peak_device_bytes = 0;
   int64_t planned_device_bytes = 0;
+  int64_t held_device_bytes = 0;
   int64_t outside_device_bytes = 0;
-  std::string device;  // DeviceFacts::name of rank 0
+  std::string device;        // DeviceFacts::name of rank 0
+  std::string communicator;  // Communicator::name of what exchanges activations
   DType compute_dtype = DType::kFloat32;
+  RecallFigures recall;
 };
 
 struct PrefillResult {
@@ -146,7 +182,8 @@ class PrefillEngine {
   Communicator& world();
 
   // What can be refused before any work: empty prompt, ids out of vocabulary, length against the model and
-  // the memory, logits positions, the pattern against the model's shape. Local, thread-safe, callable while a
+  // the memory, logits positions, the least recall, the pattern against the model's shape. Local,
+  // thread-safe, callable while a
   // prompt computes.
   absl::Status Validate(const PrefillRequest& request) const;
 
@@ -157,6 +194,8 @@ class PrefillEngine {
 
   // What "auto" becomes, in words.
   std::string DescribeAuto() const;
+  // How the ranks exchange activations, and why so: "nccl, every rank has a GPU of its own".
+  std::string DescribeCommunicator() const;
 
   // Rank 0: runs the request on all ranks, which are in Serve(). Validates first. Cancelled, DeadlineExceeded
   // (from should_stop), errors of sinks and of ranks come back as they are.
@@ -171,8 +210,8 @@ class PrefillEngine {
   // Rank 0: ends Serve on the others. Idempotent.
   absl::Status Shutdown();
 
-  // Rank 0, between requests: keeps the waits of the others within their deadline. Call at least every
-  // quarter of the communicator's timeout while idle.
+  // Rank 0, between requests: keeps the waits of the others within their deadline, and breaks the group where
+  // a rank has lost its device. Call at least every quarter of the communicator's timeout while idle.
   absl::Status KeepAlive();
 
   bool healthy() const;

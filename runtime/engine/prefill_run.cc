@@ -30,13 +30,16 @@ struct RankFigures {
   double attention_seconds = 0;
   double gemm_seconds = 0;
   double other_seconds = 0;
+  double recall_seconds = 0;
   double communication_seconds = 0;
+  double exposed_communication_seconds = 0;
   double exposed_copy_seconds = 0;
   int64_t covered_pairs = 0;
   int64_t computed_pairs = 0;
   int64_t kv_bytes = 0;
   int64_t peak_memory_bytes = 0;
   int64_t peak_device_bytes = 0;
+  int64_t held_device_bytes = 0;
   int64_t outside_device_bytes = 0;
   int64_t has_kv_checksum = 0;
   int64_t kv_checksum = 0;
@@ -57,10 +60,13 @@ PrefillFigures JoinFigures(const std::vector<RankFigures>& ranks, const ShardPla
     raise(figures.linear_seconds, rank.gemm_seconds + rank.other_seconds);
     raise(figures.gemm_seconds, rank.gemm_seconds);
     raise(figures.other_seconds, rank.other_seconds);
+    raise(figures.recall.seconds, rank.recall_seconds);
     raise(figures.communication_seconds, rank.communication_seconds);
+    raise(figures.exposed_communication_seconds, rank.exposed_communication_seconds);
     raise(figures.exposed_copy_seconds, rank.exposed_copy_seconds);
     raise(figures.peak_memory_bytes, rank.peak_memory_bytes);
     raise(figures.peak_device_bytes, rank.peak_device_bytes);
+    raise(figures.held_device_bytes, rank.held_device_bytes);
     raise(figures.outside_device_bytes, rank.outside_device_bytes);
     figures.rank_covered_pairs.push_back(rank.covered_pairs);
     figures.computed_pairs += rank.computed_pairs;
@@ -103,6 +109,7 @@ class PrefillRun {
   struct Work {
     std::unique_ptr<Transformer> transformer;
     std::optional<SparseIndexBuilder> index_builder;
+    std::optional<RecallMonitor> recall;
     std::unique_ptr<KvExporter> exporter;
     IndexReplacement* replacement = nullptr;
     ~Work() {
@@ -115,8 +122,10 @@ class PrefillRun {
   absl::Status Prepare(Work& work);
   absl::Status RunLayers(Work& work);
   absl::Status ReportLayer(int64_t layer, Clock::time_point start);
+  absl::Status LeaveDeviceToPeers();
   absl::Status CollectLogits(Transformer& transformer);
   absl::Status TakeFigures(Work& work);
+  void JoinRecall();
   absl::Status GatherFigures();
 
   EngineState& engine_;
@@ -128,20 +137,27 @@ class PrefillRun {
   std::unique_ptr<KvSink> sink_;
   int64_t planned_device_bytes_ = 0;
   LayerFigures layers_;
+  ShardedWeights::Seconds weights_;
   RankFigures mine_;
   PrefillResult result_;
 };
 
 absl::StatusOr<PrefillResult> PrefillRun::Run(const KvSinkFactory& sink_factory) {
   const Clock::time_point start = Clock::now();
-  const double communication_start = engine_.world.seconds();
+  const double communication_start = engine_.device_world().seconds();
   absl::Status outcome = engine_.Agree(Open(sink_factory));
   if (outcome.ok()) outcome = Compute();
+  const absl::Status left = LeaveDeviceToPeers();
   // Every rank ends its sink with the same outcome; a sink that fails to end is an error of all.
-  const absl::Status finished = sink_ != nullptr ? sink_->Finish(outcome) : absl::OkStatus();
+  absl::Status finished = sink_ != nullptr ? sink_->Finish(outcome) : absl::OkStatus();
   LF_RETURN_IF_ERROR(outcome);
+  if (finished.ok()) finished = left;
   LF_RETURN_IF_ERROR(engine_.Agree(finished));
-  mine_.communication_seconds = engine_.world.seconds() - communication_start;
+  const double outside_attention = engine_.device_world().seconds() - communication_start;
+  mine_.communication_seconds =
+      outside_attention + layers_.attention_exchange_seconds + weights_.communication;
+  mine_.exposed_communication_seconds =
+      outside_attention + layers_.attention_exposed_seconds + weights_.exposed;
   LF_RETURN_IF_ERROR(GatherFigures());
   result_.figures.seconds = SecondsSince(start);
   return std::move(result_);
@@ -172,11 +188,15 @@ absl::Status PrefillRun::Compute() {
 
 // All memory of the prompt but that of one layer's selection and attention; the embedded tokens.
 absl::Status PrefillRun::Prepare(Work& work) {
-  LF_ASSIGN_OR_RETURN(work.transformer, Transformer::Create(engine_.config, *engine_.weights,
+  LF_ASSIGN_OR_RETURN(work.transformer, Transformer::Create(engine_.config, engine_.weights(),
                                                             *engine_.backend, plan_, transfer_.rank));
   LF_ASSIGN_OR_RETURN(work.index_builder,
                       SparseIndexBuilder::Create(*engine_.backend, engine_.device_world(),
                                                  GeometryOf(engine_.config), request_.coverage));
+  if (request_.recall.on()) {
+    LF_ASSIGN_OR_RETURN(work.recall, RecallMonitor::Create(*engine_.backend, engine_.device_world(),
+                                                           GeometryOf(engine_.config), plan_));
+  }
   if (sink_ != nullptr) {
     LF_ASSIGN_OR_RETURN(
         work.exporter,
@@ -198,7 +218,12 @@ absl::Status PrefillRun::Prepare(Work& work) {
 }
 
 absl::Status PrefillRun::RunLayers(Work& work) {
-  LayerParallelism parallel = {.index_builder = &*work.index_builder, .attention = engine_.attention.get()};
+  LayerParallelism parallel = {.index_builder = &*work.index_builder,
+                               .attention = engine_.attention.get(),
+                               .layer_weights = engine_.sharded_weights.get(),
+                               .recall = work.recall.has_value() ? &*work.recall : nullptr,
+                               .min_recall = request_.recall.min_recall};
+  if (engine_.sharded_weights != nullptr) engine_.sharded_weights->ResetSeconds();
   if (work.replacement != nullptr) {
     parallel.replace_index = [&](int64_t layer, LayerIndex* index) {
       return work.replacement->Replace(layer, index);
@@ -239,6 +264,14 @@ absl::Status PrefillRun::ReportLayer(int64_t layer, Clock::time_point start) {
                           .num_layers = num_layers,
                           .seconds = SecondsSince(start)});
   return absl::OkStatus();
+}
+
+// After each prompt, before the ranks agree on its end: what this one keeps for its next prompt would be
+// missing in those of the ranks that share the device.
+absl::Status PrefillRun::LeaveDeviceToPeers() {
+  if (engine_.ranks_on_device == 1) return absl::OkStatus();
+  LF_RETURN_IF_ERROR(engine_.backend->stream().Sync());
+  return engine_.backend->memory().Trim();
 }
 
 // The rank that owns a position computes its logits and sends them to rank 0, which puts them in the order
@@ -289,16 +322,22 @@ absl::Status PrefillRun::TakeFigures(Work& work) {
   mine_.attention_seconds = layers_.attention_seconds;
   mine_.gemm_seconds = layers_.gemm_seconds;
   mine_.other_seconds = layers_.other_seconds;
+  if (engine_.sharded_weights != nullptr) {
+    LF_ASSIGN_OR_RETURN(weights_, engine_.sharded_weights->TakenSeconds());
+  }
+  mine_.recall_seconds = layers_.recall_seconds;
   mine_.covered_pairs = layers_.rank_covered_pairs;
   mine_.computed_pairs = layers_.rank_computed_pairs;
   mine_.peak_device_bytes = engine_.backend->memory().peak_bytes();
+  LF_ASSIGN_OR_RETURN(mine_.held_device_bytes, engine_.backend->memory().PeakHeldBytes());
   return absl::OkStatus();
 }
 
 absl::Status PrefillRun::GatherFigures() {
   mine_.kv_bytes = sink_ != nullptr ? transfer_.OwnedBytes() : 0;
   mine_.peak_memory_bytes = PeakResidentBytes();
-  mine_.outside_device_bytes = engine_.outside_bytes;
+  const absl::StatusOr<int64_t> outside = OutsideBytesInUse(*engine_.backend, engine_.ranks_on_device);
+  mine_.outside_device_bytes = outside.value_or(engine_.outside_bytes);
   const std::optional<uint32_t> checksum = sink_ != nullptr ? sink_->checksum() : std::nullopt;
   mine_.has_kv_checksum = checksum.has_value() ? 1 : 0;
   mine_.kv_checksum = checksum.value_or(0);
@@ -310,10 +349,41 @@ absl::Status PrefillRun::GatherFigures() {
   }
   PrefillFigures& figures = result_.figures;
   figures = JoinFigures(all, plan_, engine_.config, layers_.pairs);
+  if (request_.recall.on()) JoinRecall();
   figures.planned_device_bytes = planned_device_bytes_;
   figures.device = engine_.backend->facts().name;
+  figures.communicator = std::string(engine_.device_world().name());
   figures.compute_dtype = engine_.backend->kernels().compute_dtype();
   return absl::OkStatus();
+}
+
+// Into figures that have everything else.
+void PrefillRun::JoinRecall() {
+  const AttentionGeometry geometry = GeometryOf(engine_.config);
+  RecallFigures& recall = result_.figures.recall;
+  recall.rows = static_cast<int64_t>(SampledPositions(plan_.num_tokens(), geometry.q_per_kv()).size());
+  recall.min_recall = request_.recall.min_recall;
+  recall.layers = std::move(layers_.recall);
+  double sum = 0;
+  int64_t watched_pairs = 0;
+  for (size_t layer = 0; layer < recall.layers.size(); ++layer) {
+    const std::vector<double>& heads = recall.layers[layer].heads;
+    for (size_t head = 0; head < heads.size(); ++head) {
+      sum += heads[head];
+      if (heads[head] >= recall.min) continue;
+      recall.min = heads[head];
+      recall.min_layer = static_cast<int64_t>(layer);
+      recall.min_head = static_cast<int64_t>(head);
+    }
+    recall.recomputed += static_cast<int64_t>(recall.layers[layer].recomputed.size());
+    if (recall.layers[layer].watched) {
+      watched_pairs += RecallMonitor::ComputedPairs(geometry, plan_.num_tokens(),
+                                                    engine_.config.WindowOf(static_cast<int64_t>(layer)));
+    }
+  }
+  recall.mean = sum / static_cast<double>(engine_.config.num_layers * engine_.config.num_q_heads);
+  recall.pair_share =
+      static_cast<double>(watched_pairs) / static_cast<double>(result_.figures.computed_pairs);
 }
 
 }  // namespace
@@ -323,9 +393,7 @@ absl::StatusOr<PrefillResult> RunPrefill(EngineState& engine, const PrefillReque
                                          const PrefillCallbacks& callbacks) {
   absl::StatusOr<PrefillResult> result = PrefillRun(engine, request, callbacks).Run(sink_factory);
   if (result.ok() || !engine.healthy) return result;
-  if (const absl::Status health = engine.backend->Health(); !health.ok()) {
-    return engine.Break(Annotate(health, "the device is lost"));
-  }
+  LF_RETURN_IF_ERROR(engine.CheckDevice());
   // The error is either agreed on, and every rank comes here, or of a collective inside a layer, which has
   // broken the group without passing through Agree.
   if (!engine.world.Barrier(engine.host_stream).ok()) return engine.Break(result.status());

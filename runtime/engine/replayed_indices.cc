@@ -8,18 +8,10 @@
 #include "absl/strings/str_cat.h"
 #include "models/json_input.h"
 #include "models/safetensors.h"
+#include "parallel/index_storage.h"
 
 namespace longfill {
 namespace {
-
-// The run-time clamps of VerticalSlash (kernels/sparse/head_pattern.h).
-constexpr int64_t kMinVertical = 30;
-constexpr int64_t kMinSlash = 50;
-
-VerticalSlash Clamped(const VerticalSlash& pattern, int64_t num_tokens) {
-  return {std::min(std::max(pattern.vertical, kMinVertical), num_tokens),
-          std::min(std::max(pattern.slash, kMinSlash), num_tokens)};
-}
 
 absl::StatusOr<int64_t> RecordedTokens(const SafetensorsFile& file) {
   const auto found = file.metadata().find("tokens");
@@ -107,15 +99,15 @@ absl::Status RecordedIndices::CheckReplays(const PatternSet& patterns, int64_t n
       const auto where = [&] {
         return absl::StrCat("layer ", layer, ", head ", head, ": ", ToString(pattern));
       };
-      if (std::holds_alternative<BlockSparse>(pattern)) {
+      if (std::holds_alternative<BlockSparse>(pattern) || std::holds_alternative<BlockShare>(pattern)) {
         return absl::UnimplementedError(
             absl::StrCat(where(), ": no selection of blocks is recorded in ", path_));
       }
       const auto* budget = std::get_if<VerticalSlash>(&pattern);
       if (budget == nullptr) continue;
       replays = true;
-      const VerticalSlash clamped = Clamped(*budget, num_tokens);
-      if (clamped.vertical > max_vertical_ || clamped.slash > max_slash_) {
+      const VerticalSlashBudget clamped(*budget, num_tokens);
+      if (clamped.columns > max_vertical_ || clamped.distances > max_slash_) {
         return absl::InvalidArgumentError(absl::StrCat(where(), " is beyond the ", max_vertical_,
                                                        " keys and ", max_slash_, " distances recorded in ",
                                                        path_));
@@ -135,9 +127,9 @@ std::vector<SparseIndex> RecordedIndices::IndicesOfLayer(const PatternSet& patte
     if (const auto* a_shape = std::get_if<AShape>(&pattern); a_shape != nullptr) {
       indices.push_back(MakeAShapeIndex(*a_shape, num_tokens_));
     } else if (const auto* budget = std::get_if<VerticalSlash>(&pattern); budget != nullptr) {
-      const VerticalSlash taken = Clamped(*budget, num_tokens_);
-      const auto columns = vertical(layer % num_layers_, head % num_heads_).first(taken.vertical);
-      const auto distances = slash(layer % num_layers_, head % num_heads_).first(taken.slash);
+      const VerticalSlashBudget taken(*budget, num_tokens_);
+      const auto columns = vertical(layer % num_layers_, head % num_heads_).first(taken.columns);
+      const auto distances = slash(layer % num_layers_, head % num_heads_).first(taken.distances);
       indices.push_back(MakeVerticalSlashIndex({columns.begin(), columns.end()},
                                                {distances.begin(), distances.end()}, coverage));
     } else {

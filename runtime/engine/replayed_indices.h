@@ -46,7 +46,7 @@ class RecordedIndices {
 
   // Whether a prompt of num_tokens under `patterns` can be replayed. InvalidArgument: another length (both
   // are named), a budget beyond what was recorded, patterns without a vertical-slash head. Unimplemented: a
-  // block-sparse head, of which nothing is recorded.
+  // head that selects blocks, of which nothing is recorded.
   absl::Status CheckReplays(const PatternSet& patterns, int64_t num_tokens) const;
 
   // Indices of the heads of one layer of another model, on the host: a vertical-slash head h takes its own

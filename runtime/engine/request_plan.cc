@@ -20,7 +20,9 @@ Json ToJson(const PrefillRequest& request) {
           {"pattern_json", request.attention.pattern_json},
           {"coverage", std::string(CoverageName(request.coverage))},
           {"logits_positions", request.logits_positions},
-          {"kv_dtype", std::string(DTypeName(request.kv_dtype))}};
+          {"kv_dtype", std::string(DTypeName(request.kv_dtype))},
+          {"recall_monitor", request.recall.monitor},
+          {"min_recall", request.recall.min_recall}};
 }
 
 // Throws Json::exception where a value has another type.
@@ -33,6 +35,7 @@ absl::StatusOr<PrefillRequest> FromJson(const Json& json) {
   LF_ASSIGN_OR_RETURN(request.coverage, ParseCoverage(json.value("coverage", "")));
   request.logits_positions = json.value("logits_positions", std::vector<int64_t>());
   LF_ASSIGN_OR_RETURN(request.kv_dtype, ParseDType(json.value("kv_dtype", "")));
+  request.recall = {json.value("recall_monitor", false), json.value("min_recall", 0.0)};
   return request;
 }
 

@@ -1,7 +1,6 @@
 #include "runtime/kv/kv_exporter.h"
 
 #include <algorithm>
-#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -32,7 +31,8 @@ struct KvExporter::Impl {
         shape(shape_in),
         patience(std::move(patience_in)),
         dtype(backend_in.kernels().compute_dtype()),
-        direct(backend_in.kernels().device() == DeviceKind::kCpu) {}
+        direct(backend_in.kernels().device() == DeviceKind::kCpu),
+        on_device(sink_in.on_device()) {}
 
   int64_t RowBytes() const { return shape.head_dim * DTypeBytes(dtype); }
   // One buffer of the ring: keys [num_kv_heads, rows, head_dim], then values.
@@ -55,6 +55,9 @@ struct KvExporter::Impl {
   void IssueOne(std::unique_lock<std::mutex>& lock);
   void DropQueue();
   void HandOnOldest(std::unique_lock<std::mutex>& lock);
+  void PublishFirst(std::unique_lock<std::mutex>& lock);
+  absl::Status Append(Rows rows, const std::function<absl::Status()>& stop);
+  absl::Status TakeDirectly(const Rows& rows);
   absl::Status Copy(const Rows& from, Slot& slot);
   absl::Status CollectExposed();
   absl::Status MainStreamWaits();
@@ -65,10 +68,12 @@ struct KvExporter::Impl {
   const Shape shape;
   const Patience patience;
   const DType dtype;
-  const bool direct;
+  const bool direct;                    // no thread, no copy to the host
+  const bool on_device;                 // the sink keeps rows on the device
   int64_t piece_rows = 0;               // that fit a buffer
   std::unique_ptr<Stream> copy_stream;  // the worker's
   std::vector<Slot> slots;              // contents belong to the worker
+  bool device_hangs = false;            // the worker's: a wait failed, copies may come at any time
 
   // Of the engine thread.
   std::unique_ptr<Event> before_wait, after_wait;
@@ -77,8 +82,6 @@ struct KvExporter::Impl {
   double exposed_seconds = 0;
   absl::Status direct_error;
   bool finished = false;
-
-  std::atomic<int64_t> bytes{0};
 
   std::mutex mutex;  // a leaf
   std::condition_variable changed;
@@ -165,7 +168,9 @@ void KvExporter::Impl::Work() {
   std::unique_lock lock(mutex);
   while (true) {
     if (!error.ok()) DropQueue();
-    if (!queue.empty() && !free_slots.empty()) {
+    if (!queue.empty() && on_device) {
+      PublishFirst(lock);
+    } else if (!queue.empty() && !free_slots.empty()) {
       IssueOne(lock);
     } else if (!in_flight.empty()) {
       HandOnOldest(lock);
@@ -237,28 +242,75 @@ absl::Status KvExporter::Impl::Copy(const Rows& from, Slot& slot) {
   if (status.ok()) status = copy(from.value, values);
   if (status.ok()) status = slot.arrived->Record(*copy_stream);
   // Without a mark behind them, copies that are under way are waited for here.
-  if (!status.ok()) copy_stream->Sync().IgnoreError();
+  if (!status.ok() && !copy_stream->Sync().ok()) device_hangs = true;
   return status;
 }
 
 // Waits for the copies of the oldest slot in any case, so that its buffer and the device memory are at rest.
+// Of a device that hangs once is enough, and the slot is used no more.
 void KvExporter::Impl::HandOnOldest(std::unique_lock<std::mutex>& lock) {
   const size_t index = in_flight.front();
   Slot& slot = slots[index];
   const bool drop = !error.ok();
   lock.unlock();
-  absl::Status status = slot.arrived->Wait();
+  absl::Status status;
+  if (!device_hangs) {
+    status = slot.arrived->Wait();
+    device_hangs = !status.ok();
+  }
   if (status.ok() && !drop) {
-    status =
-        sink.Append(slot.rows.layer, slot.rows.begin, slot.rows.end, slot.rows.key, slot.rows.value, dtype);
-    if (status.ok()) bytes += 2 * shape.num_kv_heads * (slot.rows.end - slot.rows.begin) * RowBytes();
+    status = Append(slot.rows, [this] {
+      const std::lock_guard guard(mutex);
+      return error;
+    });
   }
   lock.lock();
   ++progress;
   in_flight.pop_front();
-  free_slots.push_back(index);
+  if (!device_hangs) free_slots.push_back(index);
   if (!status.ok()) Fail(status);
   changed.notify_all();
+}
+
+// Rows that the sink has copied on the device, once the device has come to it.
+void KvExporter::Impl::PublishFirst(std::unique_lock<std::mutex>& lock) {
+  const Rows rows = queue.front().rows;
+  const size_t ready = queue.front().ready;
+  const Event* const copied = ready_events[ready].get();
+  lock.unlock();  // the engine only appends to the queue, whose front is the worker's
+  absl::Status status = copied->Wait();
+  if (status.ok()) status = sink.Publish(rows.layer, rows.begin, rows.end);
+  lock.lock();
+  ++progress;
+  queue.pop_front();
+  free_events.push_back(ready);
+  if (!status.ok()) Fail(status);
+  changed.notify_all();
+}
+
+// Rows in host memory, as many at a time as the sink has room for; an error of `stop` ends the wait for more.
+absl::Status KvExporter::Impl::Append(Rows rows, const std::function<absl::Status()>& stop) {
+  while (rows.begin < rows.end) {
+    LF_ASSIGN_OR_RETURN(const int64_t room,
+                        sink.WaitForRoom(std::chrono::steady_clock::now() + kPollInterval));
+    if (stop) LF_RETURN_IF_ERROR(stop());
+    const int64_t taken = std::min(room, rows.end - rows.begin);
+    if (taken == 0) continue;
+    LF_RETURN_IF_ERROR(sink.Append(rows.layer, rows.begin, rows.begin + taken, rows.key, rows.value, dtype));
+    rows.begin += taken;
+    rows.key.data = Advance(rows.key.data, taken * rows.key.row_stride, dtype);
+    rows.value.data = Advance(rows.value.data, taken * rows.value.row_stride, dtype);
+    const std::lock_guard lock(mutex);
+    ++progress;
+  }
+  return absl::OkStatus();
+}
+
+// Engine thread, on a CPU.
+absl::Status KvExporter::Impl::TakeDirectly(const Rows& rows) {
+  if (!on_device) return Append(rows, patience.should_stop);
+  LF_RETURN_IF_ERROR(sink.CopyOnDevice(rows.layer, rows.begin, rows.end, rows.key, rows.value));
+  return sink.Publish(rows.layer, rows.begin, rows.end);
 }
 
 absl::Status KvExporter::Impl::CollectExposed() {
@@ -364,10 +416,8 @@ absl::Status KvExporter::OnKv(int64_t layer, int64_t row_begin, int64_t row_end,
   Impl& impl = *impl_;
   if (impl.direct) {
     if (!impl.direct_error.ok()) return impl.direct_error;
-    impl.direct_error = impl.sink.Append(layer, row_begin, row_end, key, value, impl.dtype);
-    if (impl.direct_error.ok()) {
-      impl.bytes += 2 * impl.shape.num_kv_heads * (row_end - row_begin) * impl.RowBytes();
-    }
+    impl.direct_error =
+        impl.TakeDirectly({.layer = layer, .begin = row_begin, .end = row_end, .key = key, .value = value});
     return impl.direct_error;
   }
   if (key.row_stride != impl.shape.head_dim || value.row_stride != impl.shape.head_dim) {
@@ -376,8 +426,15 @@ absl::Status KvExporter::OnKv(int64_t layer, int64_t row_begin, int64_t row_end,
                                                    impl.shape.head_dim));
   }
   if (row_begin == row_end) return absl::OkStatus();
+  if (impl.on_device) {
+    if (const absl::Status status = impl.sink.CopyOnDevice(layer, row_begin, row_end, key, value);
+        !status.ok()) {
+      const std::lock_guard lock(impl.mutex);
+      impl.Fail(status);
+    }
+  }
   LF_ASSIGN_OR_RETURN(const size_t ready, impl.RecordReady());
-  impl.rows_given = true;
+  impl.rows_given = !impl.on_device;  // copies on the device are in the order of the main stream
   {
     std::lock_guard lock(impl.mutex);
     impl.queue.push_back(
@@ -397,6 +454,5 @@ absl::Status KvExporter::BeforeOverwrite() {
 absl::Status KvExporter::Finish(const absl::Status& outcome) { return impl_->Finish(outcome); }
 
 double KvExporter::exposed_seconds() const { return impl_->exposed_seconds; }
-int64_t KvExporter::bytes() const { return impl_->bytes; }
 
 }  // namespace longfill

@@ -9,7 +9,9 @@
 //   engine thread    BeforeOverwrite, once a layer: the main stream waits for the copies of the layer before
 //
 // So neither a slow sink nor a slow bus stalls the device until the ring is full and the next layer wants to
-// write where the last one has not left. On a CPU backend OnKv calls the sink itself: no thread, no copy.
+// write where the last one has not left. For a sink that keeps rows on the device OnKv has it enqueue its
+// copies in the main stream, and the worker publishes them once they have run; the ring is not used. On a CPU
+// backend OnKv calls the sink itself, and waits for its room: no thread, no copy.
 
 #include <chrono>
 #include <cstdint>
@@ -89,7 +91,6 @@ class KvExporter {
   // Time for which the main stream stood still: in BeforeOverwrite, and in a Finish that had to wait.
   // Complete after Finish.
   double exposed_seconds() const;
-  int64_t bytes() const;  // given to the sink
 
  private:
   struct Impl;

@@ -28,6 +28,8 @@ class ObjectReader {
     if (!object_.is_object()) Fail("is not an object");
   }
 
+  bool Has(const char* key) const { return object_.is_object() && object_.contains(key); }
+
   void Read(const char* key, std::string* value) {
     if (const Json* field = Find(key); field != nullptr) {
       if (field->is_string()) {
@@ -174,22 +176,23 @@ std::string KvManifest::ToJson() const {
                          {"rank", file.rank},
                          {"token_ranges", RangesToJson(file.token_ranges)}});
   }
-  const Json manifest = {{"version", kVersion},
-                         {"request_id", request_id},
-                         {"transfer_id", transfer_id},
-                         {"instance_epoch", instance_epoch},
-                         {"architecture", architecture},
-                         {"model_fingerprint", model_fingerprint},
-                         {"token_hashes", token_hashes},
-                         {"page_tokens", page_tokens},
-                         {"num_tokens", num_tokens},
-                         {"num_layers", num_layers},
-                         {"num_kv_heads", num_kv_heads},
-                         {"head_dim", head_dim},
-                         {"dtype", std::string(DTypeName(dtype))},
-                         {"layout", layout},
-                         {"shards", shard_list},
-                         {"files", file_list}};
+  Json manifest = {{"version", kVersion},
+                   {"request_id", request_id},
+                   {"transfer_id", transfer_id},
+                   {"instance_epoch", instance_epoch},
+                   {"architecture", architecture},
+                   {"model_fingerprint", model_fingerprint},
+                   {"token_hashes", token_hashes},
+                   {"page_tokens", page_tokens},
+                   {"num_tokens", num_tokens},
+                   {"num_layers", num_layers},
+                   {"num_kv_heads", num_kv_heads},
+                   {"head_dim", head_dim},
+                   {"dtype", std::string(DTypeName(dtype))},
+                   {"layout", layout},
+                   {"shards", shard_list},
+                   {"files", file_list}};
+  if (rotary_chunk_tokens > 0) manifest["rotary_chunk_tokens"] = rotary_chunk_tokens;
   return manifest.dump(1);
 }
 
@@ -212,6 +215,7 @@ absl::StatusOr<KvManifest> KvManifest::FromJson(std::string_view json) {
   reader.Read("num_layers", &manifest.num_layers);
   reader.Read("num_kv_heads", &manifest.num_kv_heads);
   reader.Read("head_dim", &manifest.head_dim);
+  if (reader.Has("rotary_chunk_tokens")) reader.Read("rotary_chunk_tokens", &manifest.rotary_chunk_tokens);
   reader.Read("dtype", &dtype);
   reader.Read("layout", &manifest.layout);
   reader.ReadList("shards", &manifest.shards, [](ObjectReader& shard_reader, KvShard* shard) {
@@ -232,6 +236,10 @@ absl::StatusOr<KvManifest> KvManifest::FromJson(std::string_view json) {
         absl::StrCat("KV manifest has version ", version, ", this program reads version ", kVersion));
   }
   LF_ASSIGN_OR_RETURN(manifest.dtype, ParseDType(dtype));
+  if (manifest.rotary_chunk_tokens < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("KV manifest: rotary_chunk_tokens ", manifest.rotary_chunk_tokens, " is negative"));
+  }
   for (const KvShard& shard : manifest.shards) {
     LF_RETURN_IF_ERROR(CheckRanges(shard.token_ranges, manifest.num_tokens,
                                    absl::StrCat("KV manifest: shard ", shard.rank)));

@@ -44,6 +44,10 @@ struct KvManifest {
   int64_t num_layers = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
+  // Of a model with dual chunk attention (parallel/dual_chunk.h), its chunk_len: the key of token p is
+  // rotated at p mod this, and carries the scale of a prompt of num_tokens (models/rope.h). 0: it is rotated
+  // at p. In the JSON only where it is not 0, so that a reader that does not know it refuses.
+  int64_t rotary_chunk_tokens = 0;
   DType dtype = DType::kFloat32;
   std::string layout = "HND";   // [kv_heads, tokens, head_dim]
   std::vector<KvShard> shards;  // one for each rank

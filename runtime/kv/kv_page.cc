@@ -1,10 +1,11 @@
 #include "runtime/kv/kv_page.h"
 
 #include <algorithm>
-#include <cstring>
+#include <string>
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/kv/kv_convert.h"
 
 namespace longfill {
 namespace {
@@ -47,24 +48,21 @@ std::vector<KvPiece> CutIntoPieces(const KvSelection& selection, const KvTransfe
   return pieces;
 }
 
-void CopyPiece(const KvLayerView& view, const std::byte* from, const KvSelection& selection,
-               const KvPiece& piece, KvLayout layout, std::string* bytes) {
-  const int64_t num_heads = selection.head_end - selection.head_begin;
-  const size_t before = bytes->size();
-  bytes->resize(before + static_cast<size_t>(num_heads * piece.num_tokens * view.row_bytes));
-  char* to = bytes->data() + before;
-  const auto row_of = [&](int64_t head, int64_t token) {
-    return from + (selection.head_begin + head) * view.head_stride_bytes +
-           (piece.row_begin + token) * view.row_bytes;
-  };
-  if (layout == KvLayout::kHeadsTokens) {
-    const size_t run = static_cast<size_t>(piece.num_tokens * view.row_bytes);
-    for (int64_t head = 0; head < num_heads; ++head, to += run) std::memcpy(to, row_of(head, 0), run);
-    return;
-  }
-  const size_t run = static_cast<size_t>(view.row_bytes);
-  for (int64_t token = 0; token < piece.num_tokens; ++token) {
-    for (int64_t head = 0; head < num_heads; ++head, to += run) std::memcpy(to, row_of(head, token), run);
+void PackRows(HeadsView<const void> from, DType from_dtype, int64_t num_rows, const KvPageShape& page,
+              int64_t page_row, std::byte* to) {
+  const int64_t row_bytes = page.head_dim * DTypeBytes(page.dtype);
+  for (int64_t head = 0; head < page.num_heads; ++head) {
+    if (page.layout == KvLayout::kHeadsTokens) {
+      ConvertHeadRows(from, from_dtype, page.head_begin + head, num_rows, page.head_dim, page.dtype,
+                      to + (head * page.num_rows + page_row) * row_bytes);
+      continue;
+    }
+    for (int64_t row = 0; row < num_rows; ++row) {
+      HeadsView<const void> at = from;
+      at.data = Advance(from.data, row * from.row_stride, from_dtype);
+      ConvertHeadRows(at, from_dtype, page.head_begin + head, 1, page.head_dim, page.dtype,
+                      to + ((page_row + row) * page.num_heads + head) * row_bytes);
+    }
   }
 }
 

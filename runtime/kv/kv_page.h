@@ -1,12 +1,12 @@
 #ifndef LONGFILL_RUNTIME_KV_KV_PAGE_H_
 #define LONGFILL_RUNTIME_KV_KV_PAGE_H_
 
+#include <cstddef>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "kernels/base/status.h"
-#include "runtime/kv/kv_store.h"
+#include "runtime/kv/kv_sink.h"
 
 namespace longfill {
 
@@ -34,9 +34,23 @@ struct KvPiece {
 std::vector<KvPiece> CutIntoPieces(const KvSelection& selection, const KvTransferSpec& spec,
                                    int64_t max_bytes);
 
-// Appends keys or values (`from` is view.key or view.value) of one piece to *bytes in the layout asked for.
-void CopyPiece(const KvLayerView& view, const std::byte* from, const KvSelection& selection,
-               const KvPiece& piece, KvLayout layout, std::string* bytes);
+// Rows of some heads of one layer, on their way to a page: keys or values [num_heads, num_rows, head_dim], or
+// [num_rows, num_heads, head_dim], of `dtype`, which is a float type.
+struct KvPageShape {
+  int64_t head_begin = 0;
+  int64_t num_heads = 0;
+  int64_t num_rows = 0;
+  int64_t head_dim = 0;
+  DType dtype = DType::kFloat32;
+  KvLayout layout = KvLayout::kHeadsTokens;
+
+  int64_t Bytes() const { return num_heads * num_rows * head_dim * DTypeBytes(dtype); }
+};
+
+// Puts the next `num_rows` rows of `from`, whose heads count from head 0 of the model and whose elements are
+// of from_dtype in host memory, into the page `to` as its rows from page_row on.
+void PackRows(HeadsView<const void> from, DType from_dtype, int64_t num_rows, const KvPageShape& page,
+              int64_t page_row, std::byte* to);
 
 }  // namespace longfill
 

@@ -1,8 +1,10 @@
 #ifndef LONGFILL_RUNTIME_KV_KV_SINK_H_
 #define LONGFILL_RUNTIME_KV_KV_SINK_H_
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -33,9 +35,8 @@ struct KvTransferSpec {
 // Where one rank's K and V of one request go. The engine calls Append for every layer in order and, within a
 // layer, for ascending row pieces until all local rows are there; then Finish exactly once, also after an
 // error. One thread at a time, but not always the same: on a GPU the thread of a KvExporter appends. Append
-// copies or converts before it returns: the views are reused. It may block for back-pressure, within a
-// deadline of its own. An error ends the request on all ranks at the next layer boundary and comes back
-// through Finish.
+// copies or converts before it returns: the views are reused. An error ends the request on all ranks at the
+// next layer boundary and comes back through Finish.
 class KvSink {
  public:
   virtual ~KvSink() = default;
@@ -43,6 +44,21 @@ class KvSink {
   // local rows of the rank's tokens. The sink stores them in the dtype of its spec.
   virtual absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
                               HeadsView<const void> value, DType dtype) = 0;
+  // Back-pressure: how many rows Append takes now; at the deadline, which is near, 0: ask again. An error
+  // where that has been the answer for too long.
+  virtual absl::StatusOr<int64_t> WaitForRoom(std::chrono::steady_clock::time_point /*deadline*/) {
+    return std::numeric_limits<int64_t>::max();
+  }
+  // Sinks that keep rows on the device take them there, and not by Append: CopyOnDevice enqueues copies on
+  // the main stream of the backend, and Publish follows, in the order of rows, once they have run.
+  virtual bool on_device() const { return false; }
+  virtual absl::Status CopyOnDevice(int64_t /*layer*/, int64_t /*row_begin*/, int64_t /*row_end*/,
+                                    HeadsView<const void> /*key*/, HeadsView<const void> /*value*/) {
+    return absl::InternalError("this KV sink keeps nothing on the device");
+  }
+  virtual absl::Status Publish(int64_t /*layer*/, int64_t /*row_begin*/, int64_t /*row_end*/) {
+    return absl::InternalError("this KV sink keeps nothing on the device");
+  }
   // OK: every layer was appended. Otherwise the reason for which nothing more comes; what was taken is
   // discarded.
   virtual absl::Status Finish(const absl::Status& outcome) = 0;

@@ -1,46 +1,50 @@
 #include "runtime/kv/kv_store.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "runtime/kv/kv_convert.h"
+#include "runtime/kv/kv_store_internal.h"
 
 namespace longfill {
 
-struct KvStore::Layer {
-  Buffer key;
-  Buffer value;
-  int64_t bytes = 0;
-  std::shared_ptr<std::atomic<int64_t>> store_bytes;
-  std::shared_ptr<std::atomic<int64_t>> transfer_bytes;
-  ~Layer() {
-    store_bytes->fetch_sub(bytes);
-    transfer_bytes->fetch_sub(bytes);
+absl::Status KvStore::Transfer::CheckRows(int64_t layer, int64_t row_begin, int64_t row_end) const {
+  if (layer >= 0 && layer < spec.num_layers && 0 <= row_begin && row_begin <= row_end &&
+      row_end <= num_rows) {
+    return absl::OkStatus();
   }
-};
+  return absl::InternalError(absl::StrCat("KV store: rows [", row_begin, ", ", row_end, ") of layer ", layer,
+                                          " came, there are ", num_rows, " rows and ", spec.num_layers,
+                                          " layers"));
+}
 
-// Everything but `spec` and the contents of layers is guarded by the store's mutex.
-struct KvStore::Transfer {
-  Transfer(const KvTransferSpec& s, std::chrono::milliseconds duration, Lease::Time now)
-      : spec(s), num_rows(s.plan.NumTokens(s.rank)), lease(duration, now) {}
+absl::Status KvStore::Transfer::CheckNext(int64_t layer, int64_t row_begin, int64_t row_end) const {
+  LF_RETURN_IF_ERROR(CheckRows(layer, row_begin, row_end));
+  if (layer == layers_ready && row_begin == rows_ready) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("KV store: rows [", row_begin, ", ", row_end, ") of layer ", layer,
+                                          " came, row ", rows_ready, " of layer ", layers_ready, " is next"));
+}
 
-  const KvTransferSpec spec;
-  const int64_t num_rows;
-  std::condition_variable changed;
-  TransferState state = TransferState::kOpen;
-  absl::Status reason;
-  Lease::Time ended_at;
-  Lease lease;
-  std::vector<std::shared_ptr<Layer>> layers;  // empty once ended
-  int64_t layers_ready = 0;
-  int64_t rows_ready = 0;  // of layer layers_ready
-  const std::shared_ptr<std::atomic<int64_t>> held_bytes = std::make_shared<std::atomic<int64_t>>(0);
-
-  bool HasRows(int64_t layer, int64_t row_end) const {
-    return layer < layers_ready || (layer == layers_ready && row_end <= rows_ready);
+absl::Status KvStore::Transfer::CheckOnlyReader(const KvSelection& selection) const {
+  if (selection.head_begin != 0 || selection.head_end != spec.num_kv_heads || selection.token_begin != 0 ||
+      selection.token_end != spec.plan.num_tokens()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "heads [", selection.head_begin, ", ", selection.head_end, ") and tokens [", selection.token_begin,
+        ", ", selection.token_end, ") are asked for: where pages go to a waiting reader it takes all ",
+        spec.num_kv_heads, " heads and ", spec.plan.num_tokens(), " tokens"));
   }
-};
+  if (lease.readers() > 0) {
+    return absl::FailedPreconditionError(
+        "another reader reads this transfer: pages that go to a waiting reader have one at a time");
+  }
+  if (num_rows > 0 && selection.layer_begin != next_layer()) {
+    return absl::FailedPreconditionError(absl::StrCat("layer ", selection.layer_begin,
+                                                      " is asked for, layer ", next_layer(),
+                                                      " is next: what a reader has taken is not kept"));
+  }
+  return absl::OkStatus();
+}
 
 namespace {
 
@@ -55,16 +59,6 @@ absl::Status CheckSpec(const KvTransferSpec& spec) {
   return absl::OkStatus();
 }
 
-// Rows of all heads to [heads, num_rows, head_dim] of the spec's dtype, from row_begin on.
-void Store(HeadsView<const void> from, DType dtype, const KvTransferSpec& spec, int64_t num_rows,
-           int64_t row_begin, int64_t row_end, std::byte* to) {
-  const int64_t row_bytes = spec.head_dim * DTypeBytes(spec.dtype);
-  for (int64_t head = 0; head < spec.num_kv_heads; ++head) {
-    ConvertHeadRows(from, dtype, head, row_end - row_begin, spec.head_dim, spec.dtype,
-                    to + (head * num_rows + row_begin) * row_bytes);
-  }
-}
-
 // A consumer that left is no error of the prefill; what the engine still appends is dropped.
 bool EndedByConsumer(TransferState state) {
   return state == TransferState::kComplete || state == TransferState::kAborted;
@@ -74,14 +68,25 @@ bool EndedByConsumer(TransferState state) {
 
 class KvStoreSink final : public KvSink {
  public:
-  KvStoreSink(KvStore* store, KvStore::TransferPtr transfer)
-      : store_(store), transfer_(std::move(transfer)) {}
+  KvStoreSink(KvStore* store, KvStore::TransferPtr transfer, bool on_device)
+      : store_(store), transfer_(std::move(transfer)), on_device_(on_device) {}
   ~KvStoreSink() override {
     if (!finished_) (void)store_->Finish(*transfer_, absl::InternalError("the prefill dropped its KV sink"));
   }
   absl::Status Append(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
                       HeadsView<const void> value, DType dtype) override {
     return store_->Append(*transfer_, layer, row_begin, row_end, key, value, dtype);
+  }
+  absl::StatusOr<int64_t> WaitForRoom(std::chrono::steady_clock::time_point deadline) override {
+    return store_->WaitForRoom(*transfer_, deadline);
+  }
+  bool on_device() const override { return on_device_; }
+  absl::Status CopyOnDevice(int64_t layer, int64_t row_begin, int64_t row_end, HeadsView<const void> key,
+                            HeadsView<const void> value) override {
+    return store_->CopyOnDevice(*transfer_, layer, row_begin, row_end, key, value);
+  }
+  absl::Status Publish(int64_t layer, int64_t row_begin, int64_t row_end) override {
+    return store_->Publish(*transfer_, layer, row_begin, row_end);
   }
   absl::Status Finish(const absl::Status& outcome) override {
     finished_ = true;
@@ -91,11 +96,12 @@ class KvStoreSink final : public KvSink {
  private:
   KvStore* const store_;
   const KvStore::TransferPtr transfer_;
+  const bool on_device_;
   bool finished_ = false;
 };
 
-KvStore::KvStore(KvStoreOptions options, MemoryResource* memory)
-    : options_(std::move(options)), memory_(memory), held_bytes_(std::make_shared<std::atomic<int64_t>>(0)) {}
+KvStore::KvStore(KvStoreOptions options, KvTier* tier)
+    : options_(std::move(options)), tier_(tier), held_bytes_(std::make_shared<std::atomic<int64_t>>(0)) {}
 
 KvStore::~KvStore() = default;
 
@@ -106,18 +112,10 @@ std::chrono::steady_clock::time_point KvStore::Now() const {
 absl::StatusOr<std::unique_ptr<KvSink>> KvStore::Open(const KvTransferSpec& spec) {
   LF_RETURN_IF_ERROR(CheckSpec(spec));
   auto transfer = std::make_shared<Transfer>(spec, options_.lease, Now());
-  const int64_t half = spec.num_kv_heads * transfer->num_rows * spec.head_dim * DTypeBytes(spec.dtype);
-  for (int64_t index = 0; index < spec.num_layers; ++index) {
-    auto layer = std::make_shared<Layer>();
-    layer->store_bytes = held_bytes_;
-    layer->transfer_bytes = transfer->held_bytes;
-    LF_ASSIGN_OR_RETURN(layer->key, memory_->Allocate(half, "KV store: keys of a layer"));
-    LF_ASSIGN_OR_RETURN(layer->value, memory_->Allocate(half, "KV store: values of a layer"));
-    layer->bytes = 2 * half;
-    held_bytes_->fetch_add(layer->bytes);
-    transfer->held_bytes->fetch_add(layer->bytes);
-    transfer->layers.push_back(std::move(layer));
-  }
+  LF_ASSIGN_OR_RETURN(std::unique_ptr<KvPages> pages, tier_->Open(spec));
+  transfer->ring_rows = pages->ring_rows();
+  const bool on_device = pages->on_device();
+  transfer->pages = std::make_shared<HeldPages>(std::move(pages), held_bytes_, transfer->held_bytes);
   if (transfer->num_rows == 0) transfer->layers_ready = spec.num_layers;  // nothing will be appended
   std::lock_guard lock(mutex_);
   LF_RETURN_IF_ERROR(broken_);
@@ -125,7 +123,7 @@ absl::StatusOr<std::unique_ptr<KvSink>> KvStore::Open(const KvTransferSpec& spec
     return absl::InvalidArgumentError("KV transfer: this transfer id was used before");
   }
   ++open_transfers_;
-  return std::make_unique<KvStoreSink>(this, std::move(transfer));
+  return std::make_unique<KvStoreSink>(this, std::move(transfer), on_device);
 }
 
 KvSinkFactory KvStore::MakeSinkFactory() {
@@ -141,14 +139,17 @@ absl::StatusOr<KvStore::TransferPtr> KvStore::FindLocked(const std::string& tran
   return found->second;
 }
 
-absl::StatusOr<std::unique_ptr<KvReader>> KvStore::Read(const std::string& transfer_id) {
+absl::StatusOr<std::unique_ptr<KvReader>> KvStore::Read(const std::string& transfer_id,
+                                                        const KvSelection& asked) {
   std::lock_guard lock(mutex_);
   LF_ASSIGN_OR_RETURN(TransferPtr transfer, FindLocked(transfer_id));
   if (transfer->state != TransferState::kOpen) {
     return EndedStatus(transfer_id, transfer->state, transfer->reason);
   }
+  LF_ASSIGN_OR_RETURN(const KvSelection selection, ResolveSelection(asked, transfer->spec));
+  if (transfer->ring_rows > 0) LF_RETURN_IF_ERROR(transfer->CheckOnlyReader(selection));
   transfer->lease.ReaderCame();
-  return std::unique_ptr<KvReader>(new KvReader(this, std::move(transfer)));
+  return std::unique_ptr<KvReader>(new KvReader(this, std::move(transfer), selection));
 }
 
 absl::StatusOr<KvTransferSpec> KvStore::GetSpec(const std::string& transfer_id) const {
@@ -186,8 +187,7 @@ absl::StatusOr<TransferStatus> KvStore::RenewLease(const std::string& transfer_i
   return StatusLocked(*transfer);
 }
 
-std::vector<std::shared_ptr<KvStore::Layer>> KvStore::EndLocked(Transfer& transfer, TransferState outcome,
-                                                                const absl::Status& reason) {
+KvStore::PagesPtr KvStore::EndLocked(Transfer& transfer, TransferState outcome, const absl::Status& reason) {
   if (!IsLegalTransition(transfer.state, outcome)) return {};
   transfer.state = outcome;
   transfer.reason = reason;
@@ -196,7 +196,7 @@ std::vector<std::shared_ptr<KvStore::Layer>> KvStore::EndLocked(Transfer& transf
   tombstones_.push_back(transfers_.at(transfer.spec.transfer_id));
   transfer.changed.notify_all();
   if (open_transfers_ == 0) none_open_.notify_all();
-  return std::exchange(transfer.layers, {});
+  return std::exchange(transfer.pages, nullptr);
 }
 
 absl::StatusOr<TransferStatus> KvStore::End(const std::string& transfer_id, TransferState outcome,
@@ -205,7 +205,7 @@ absl::StatusOr<TransferStatus> KvStore::End(const std::string& transfer_id, Tran
     return absl::InvalidArgumentError(
         absl::StrCat("a transfer cannot be ended as ", std::string(TransferStateName(outcome))));
   }
-  std::vector<std::shared_ptr<Layer>> dropped;
+  PagesPtr dropped;
   TransferPtr transfer;
   {
     std::lock_guard lock(mutex_);
@@ -213,33 +213,31 @@ absl::StatusOr<TransferStatus> KvStore::End(const std::string& transfer_id, Tran
     dropped = EndLocked(*transfer, outcome, reason);
     ForgetTombstonesLocked();
   }
-  dropped.clear();  // frees without the lock, and before the status counts bytes
+  dropped.reset();  // frees without the lock, and before the status counts bytes
   std::lock_guard lock(mutex_);
   return StatusLocked(*transfer);
 }
 
 void KvStore::FailAll(const absl::Status& reason) {
-  std::vector<std::shared_ptr<Layer>> dropped;
+  std::vector<PagesPtr> dropped;
   std::lock_guard lock(mutex_);
   if (broken_.ok()) broken_ = reason;
   for (auto& [id, transfer] : transfers_) {
-    std::vector<std::shared_ptr<Layer>> layers = EndLocked(*transfer, TransferState::kFailed, reason);
-    dropped.insert(dropped.end(), layers.begin(), layers.end());
+    dropped.push_back(EndLocked(*transfer, TransferState::kFailed, reason));
   }
 }
 
 int64_t KvStore::ExpireLeases() {
-  std::vector<std::shared_ptr<Layer>> dropped;
+  std::vector<PagesPtr> dropped;
   int64_t num_expired = 0;
   {
     std::lock_guard lock(mutex_);
     const auto now = Now();
     for (auto& [id, transfer] : transfers_) {
       if (transfer->state != TransferState::kOpen || !transfer->lease.Expired(now)) continue;
-      std::vector<std::shared_ptr<Layer>> layers = EndLocked(
+      dropped.push_back(EndLocked(
           *transfer, TransferState::kExpired,
-          absl::DeadlineExceededError(absl::StrCat("no sign of life for ", options_.lease.count(), " ms")));
-      dropped.insert(dropped.end(), layers.begin(), layers.end());
+          absl::DeadlineExceededError(absl::StrCat("no sign of life for ", options_.lease.count(), " ms"))));
       ++num_expired;
     }
     ForgetTombstonesLocked();
@@ -267,45 +265,94 @@ KvStoreUsage KvStore::usage() const {
   usage.open_transfers = open_transfers_;
   usage.tombstones = static_cast<int64_t>(tombstones_.size());
   for (const auto& [id, transfer] : transfers_) {
-    if (transfer->state == TransferState::kOpen) usage.bytes_open += transfer->spec.OwnedBytes();
+    if (transfer->state == TransferState::kOpen) usage.bytes_open += transfer->held_bytes->load();
   }
   usage.bytes_lingering = std::max<int64_t>(held_bytes_->load() - usage.bytes_open, 0);
   return usage;
 }
 
+absl::StatusOr<KvStore::PagesPtr> KvStore::PagesForLocked(const Transfer& transfer) const {
+  if (EndedByConsumer(transfer.state)) return nullptr;
+  if (transfer.state != TransferState::kOpen) {
+    return EndedStatus(transfer.spec.transfer_id, transfer.state, transfer.reason);
+  }
+  return transfer.pages;
+}
+
 absl::Status KvStore::Append(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end,
                              HeadsView<const void> key, HeadsView<const void> value, DType dtype) {
-  std::shared_ptr<Layer> target;
+  if (row_begin == row_end) return absl::OkStatus();
+  PagesPtr to;
   {
     std::lock_guard lock(mutex_);
-    if (EndedByConsumer(transfer.state)) return absl::OkStatus();
-    if (transfer.state != TransferState::kOpen) {
-      return EndedStatus(transfer.spec.transfer_id, transfer.state, transfer.reason);
+    LF_ASSIGN_OR_RETURN(to, PagesForLocked(transfer));
+    if (to == nullptr) return absl::OkStatus();
+    LF_RETURN_IF_ERROR(transfer.CheckNext(layer, row_begin, row_end));
+    if (transfer.ring_rows > 0 && row_end - row_begin > transfer.Room()) {
+      return absl::InternalError(
+          absl::StrCat("KV store: ", row_end - row_begin, " rows came, there is room for ", transfer.Room()));
     }
-    if (row_begin == row_end) return absl::OkStatus();
-    if (layer != transfer.layers_ready || layer >= transfer.spec.num_layers ||
-        row_begin != transfer.rows_ready || row_end < row_begin || row_end > transfer.num_rows) {
-      return absl::InternalError(absl::StrCat("KV store: rows [", row_begin, ", ", row_end, ") of layer ",
-                                              layer, " came, row ", transfer.rows_ready, " of layer ",
-                                              transfer.layers_ready, " is next, of ", transfer.num_rows,
-                                              " rows and ", transfer.spec.num_layers, " layers"));
-    }
-    target = transfer.layers[static_cast<size_t>(layer)];
   }
-  Store(key, dtype, transfer.spec, transfer.num_rows, row_begin, row_end, target->key.as<std::byte>());
-  Store(value, dtype, transfer.spec, transfer.num_rows, row_begin, row_end, target->value.as<std::byte>());
+  LF_RETURN_IF_ERROR(to->pages->Write(layer, row_begin, row_end, key, value, dtype));
+  to.reset();  // freed without the lock where the transfer has ended
+  return Publish(transfer, layer, row_begin, row_end);
+}
+
+absl::Status KvStore::CopyOnDevice(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end,
+                                   HeadsView<const void> key, HeadsView<const void> value) {
+  PagesPtr to;
+  {
+    std::lock_guard lock(mutex_);
+    LF_ASSIGN_OR_RETURN(to, PagesForLocked(transfer));
+    LF_RETURN_IF_ERROR(transfer.CheckRows(layer, row_begin, row_end));
+  }
+  return to == nullptr ? absl::OkStatus() : to->pages->WriteOnDevice(layer, row_begin, row_end, key, value);
+}
+
+absl::Status KvStore::Publish(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end) {
+  if (row_begin == row_end) return absl::OkStatus();
   std::lock_guard lock(mutex_);
+  LF_ASSIGN_OR_RETURN(const PagesPtr pages, PagesForLocked(transfer));
+  if (pages == nullptr) return absl::OkStatus();
+  LF_RETURN_IF_ERROR(transfer.CheckNext(layer, row_begin, row_end));
   transfer.rows_ready = row_end;
   if (row_end == transfer.num_rows) {
     ++transfer.layers_ready;
     transfer.rows_ready = 0;
+    transfer.waited = {};
   }
   transfer.changed.notify_all();
   return absl::OkStatus();
 }
 
+absl::StatusOr<int64_t> KvStore::WaitForRoom(Transfer& transfer,
+                                             std::chrono::steady_clock::time_point deadline) {
+  constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+  PagesPtr dropped;
+  std::unique_lock lock(mutex_);
+  if (transfer.ring_rows == 0) return kNoLimit;
+  const auto start = std::chrono::steady_clock::now();
+  transfer.changed.wait_until(lock, deadline,
+                              [&] { return transfer.state != TransferState::kOpen || transfer.Room() > 0; });
+  if (EndedByConsumer(transfer.state)) return kNoLimit;
+  if (transfer.state != TransferState::kOpen) {
+    return EndedStatus(transfer.spec.transfer_id, transfer.state, transfer.reason);
+  }
+  transfer.waited += std::chrono::steady_clock::now() - start;
+  if (transfer.Room() > 0) return transfer.Room();
+  if (transfer.waited < options_.reader_timeout) return 0;
+  dropped =
+      EndLocked(transfer, TransferState::kFailed,
+                absl::DeadlineExceededError(absl::StrCat(
+                    "layer ", transfer.layers_ready, " waited ", options_.reader_timeout.count(),
+                    " ms for room at row ", transfer.rows_ready, ": ",
+                    transfer.lease.readers() > 0 ? "the reader is too slow" : "nobody reads this transfer")));
+  ForgetTombstonesLocked();
+  return EndedStatus(transfer.spec.transfer_id, transfer.state, transfer.reason);
+}
+
 absl::Status KvStore::Finish(Transfer& transfer, const absl::Status& outcome) {
-  std::vector<std::shared_ptr<Layer>> dropped;
+  PagesPtr dropped;
   std::lock_guard lock(mutex_);
   transfer.lease.PrefillDone(Now());
   if (transfer.state != TransferState::kOpen) {
@@ -323,49 +370,6 @@ absl::Status KvStore::Finish(Transfer& transfer, const absl::Status& outcome) {
   dropped = EndLocked(transfer, cancelled ? TransferState::kAborted : TransferState::kFailed, reason);
   ForgetTombstonesLocked();
   return outcome.ok() ? reason : absl::OkStatus();
-}
-
-KvReader::~KvReader() {
-  std::lock_guard lock(store_->mutex_);
-  transfer_->lease.ReaderWent(store_->Now());
-}
-
-const KvTransferSpec& KvReader::spec() const { return transfer_->spec; }
-
-absl::Status KvReader::WaitForRows(int64_t layer, int64_t row_end,
-                                   std::chrono::steady_clock::time_point deadline) {
-  const KvTransferSpec& wanted = transfer_->spec;
-  if (layer < 0 || layer >= wanted.num_layers || row_end < 0 || row_end > transfer_->num_rows) {
-    return absl::InvalidArgumentError(absl::StrCat("row ", row_end, " of layer ", layer,
-                                                   " is asked for, there are ", transfer_->num_rows, " and ",
-                                                   wanted.num_layers));
-  }
-  std::unique_lock lock(store_->mutex_);
-  const auto settled = [&] {
-    return transfer_->state != TransferState::kOpen || transfer_->HasRows(layer, row_end);
-  };
-  if (!transfer_->changed.wait_until(lock, deadline, settled)) {
-    return absl::DeadlineExceededError(absl::StrCat("layer ", layer, " is not there yet"));
-  }
-  if (transfer_->state != TransferState::kOpen) {
-    return EndedStatus(wanted.transfer_id, transfer_->state, transfer_->reason);
-  }
-  return absl::OkStatus();
-}
-
-absl::StatusOr<KvLayerView> KvReader::View(int64_t layer) {
-  std::lock_guard lock(store_->mutex_);
-  if (transfer_->state != TransferState::kOpen) {
-    return EndedStatus(transfer_->spec.transfer_id, transfer_->state, transfer_->reason);
-  }
-  const std::shared_ptr<KvStore::Layer>& held = transfer_->layers.at(static_cast<size_t>(layer));
-  KvLayerView view;
-  view.pin = held;
-  view.key = held->key.as<std::byte>();
-  view.value = held->value.as<std::byte>();
-  view.row_bytes = transfer_->spec.head_dim * DTypeBytes(transfer_->spec.dtype);
-  view.head_stride_bytes = transfer_->num_rows * view.row_bytes;
-  return view;
 }
 
 }  // namespace longfill

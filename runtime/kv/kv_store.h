@@ -4,7 +4,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -14,9 +13,10 @@
 #include <string>
 #include <vector>
 
-#include "kernels/base/memory.h"
 #include "kernels/base/status.h"
+#include "runtime/kv/kv_page.h"
 #include "runtime/kv/kv_sink.h"
+#include "runtime/kv/kv_tier.h"
 #include "runtime/kv/transfer_state.h"
 
 namespace longfill {
@@ -26,6 +26,9 @@ struct KvStoreOptions {
   // How long, and for how many ended transfers, the state and reason are remembered.
   std::chrono::milliseconds tombstone_life{600000};
   int64_t max_tombstones = 1024;
+  // How long a prompt waits, for each layer in all, until a reader has made room (tiers that hold a part of
+  // the rows). Less than the timeout of a communicator, since other ranks wait for this one.
+  std::chrono::milliseconds reader_timeout{30000};
   // Tests give their own time; empty: std::chrono::steady_clock::now.
   std::function<std::chrono::steady_clock::time_point()> clock;
 };
@@ -43,30 +46,25 @@ struct TransferStatus {
 struct KvStoreUsage {
   int64_t open_transfers = 0;
   int64_t bytes_open = 0;
-  int64_t bytes_lingering = 0;  // of ended transfers, still pinned; must go to 0
+  int64_t bytes_lingering = 0;  // of ended transfers that readers still copy from; must go to 0
   int64_t tombstones = 0;
-};
-
-// K and V of one layer, in the transfer's dtype, [num_kv_heads, local rows, head_dim] each. Holds the memory:
-// keep it no longer than it takes to copy. Only rows that were waited for may be read.
-struct KvLayerView {
-  std::shared_ptr<const void> pin;
-  const std::byte* key = nullptr;
-  const std::byte* value = nullptr;
-  int64_t head_stride_bytes = 0;
-  int64_t row_bytes = 0;
 };
 
 class KvReader;
 
 // The KV cache of the prompts of one rank, from the acceptance of a request to the end of its transfer.
 // Thread-safe. Sinks write without the lock above the watermark, readers read below it; the lock publishes
-// the watermark. Memory of a transfer is allocated when it opens and freed when it has ended and the last
-// view is dropped. Sinks and readers must be gone before the store is destroyed.
+// the watermark. Memory of a transfer is taken from the tier when it opens and freed when it has ended and no
+// reader copies from it. Sinks and readers must be gone before the store is destroyed.
+//
+// A tier that holds a part of the rows hands each of them to one reader: one reader at a time, forward, all
+// heads and tokens. Between layers a reader may go and the next one goes on there; one that goes in the
+// middle of a layer has the transfer FAIL, and the prompt with it, as has one that lets the prompt wait for
+// longer than reader_timeout.
 class KvStore {
  public:
-  // `memory` outlives the store and every view.
-  KvStore(KvStoreOptions options, MemoryResource* memory);
+  // `tier` outlives the store.
+  KvStore(KvStoreOptions options, KvTier* tier);
   ~KvStore();
   KvStore(const KvStore&) = delete;
   KvStore& operator=(const KvStore&) = delete;
@@ -76,8 +74,11 @@ class KvStore {
   absl::StatusOr<std::unique_ptr<KvSink>> Open(const KvTransferSpec& spec);
   KvSinkFactory MakeSinkFactory();
 
-  // NotFound for an unknown id; an ended transfer gives EndedStatus.
-  absl::StatusOr<std::unique_ptr<KvReader>> Read(const std::string& transfer_id);
+  // NotFound for an unknown id; an ended transfer gives EndedStatus; InvalidArgument for a selection outside
+  // of the transfer. Where each row goes to one reader: FailedPrecondition while there is another reader, or
+  // where the first layer is not the next one to be taken, InvalidArgument for a part of the heads or tokens.
+  absl::StatusOr<std::unique_ptr<KvReader>> Read(const std::string& transfer_id,
+                                                 const KvSelection& asked = {});
 
   // All four: NotFound for an unknown id.
   absl::StatusOr<KvTransferSpec> GetSpec(const std::string& transfer_id) const;
@@ -102,25 +103,31 @@ class KvStore {
  private:
   friend class KvReader;
   friend class KvStoreSink;
-  struct Layer;
+  struct HeldPages;
   struct Transfer;
   using TransferPtr = std::shared_ptr<Transfer>;
+  using PagesPtr = std::shared_ptr<HeldPages>;
 
   std::chrono::steady_clock::time_point Now() const;
   absl::StatusOr<TransferPtr> FindLocked(const std::string& transfer_id) const;
   TransferStatus StatusLocked(const Transfer& transfer) const;
   // Returns what the transfer held, to be dropped without the lock.
-  std::vector<std::shared_ptr<Layer>> EndLocked(Transfer& transfer, TransferState outcome,
-                                                const absl::Status& reason);
+  PagesPtr EndLocked(Transfer& transfer, TransferState outcome, const absl::Status& reason);
   void ForgetTombstonesLocked();
 
+  // Nothing where what comes is dropped, since the consumer has ended the transfer.
+  absl::StatusOr<PagesPtr> PagesForLocked(const Transfer& transfer) const;
   absl::Status Append(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end,
                       HeadsView<const void> key, HeadsView<const void> value, DType dtype);
+  absl::Status CopyOnDevice(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end,
+                            HeadsView<const void> key, HeadsView<const void> value);
+  absl::Status Publish(Transfer& transfer, int64_t layer, int64_t row_begin, int64_t row_end);
+  absl::StatusOr<int64_t> WaitForRoom(Transfer& transfer, std::chrono::steady_clock::time_point deadline);
   absl::Status Finish(Transfer& transfer, const absl::Status& outcome);
 
   const KvStoreOptions options_;
-  MemoryResource* const memory_;
-  const std::shared_ptr<std::atomic<int64_t>> held_bytes_;  // of all layers alive, pinned ones too
+  KvTier* const tier_;
+  const std::shared_ptr<std::atomic<int64_t>> held_bytes_;  // of all pages alive
 
   mutable std::mutex mutex_;  // a leaf: nothing else is locked under it
   std::condition_variable none_open_;
@@ -138,17 +145,23 @@ class KvReader {
   KvReader& operator=(const KvReader&) = delete;
 
   const KvTransferSpec& spec() const;
+  const KvSelection& selection() const { return selection_; }
   // Waits until the local rows [0, row_end) of the layer are there. DeadlineExceeded at the deadline (the
   // reader stays usable); EndedStatus once the transfer has ended, also if the rows had been there.
   absl::Status WaitForRows(int64_t layer, int64_t row_end, std::chrono::steady_clock::time_point deadline);
-  // EndedStatus once the transfer has ended.
-  absl::StatusOr<KvLayerView> View(int64_t layer);
+  // Keys and values of a piece of the selection that was waited for, in the layout asked for. EndedStatus
+  // once the transfer has ended, errors of the device. Where each row goes to one reader, pieces come in
+  // order.
+  absl::Status Copy(int64_t layer, const KvPiece& piece, KvLayout layout, std::string* key,
+                    std::string* value);
 
  private:
   friend class KvStore;
-  KvReader(KvStore* store, KvStore::TransferPtr transfer) : store_(store), transfer_(std::move(transfer)) {}
+  KvReader(KvStore* store, KvStore::TransferPtr transfer, const KvSelection& selection)
+      : store_(store), transfer_(std::move(transfer)), selection_(selection) {}
   KvStore* const store_;
   const KvStore::TransferPtr transfer_;
+  const KvSelection selection_;
 };
 
 }  // namespace longfill

@@ -17,6 +17,7 @@ class EngineBackend final : public PrefillBackend {
               .num_q_heads = config.num_q_heads,
               .num_kv_heads = config.num_kv_heads,
               .head_dim = config.head_dim,
+              .rotary_chunk_tokens = config.rope.dual_chunk.chunk_len(),
               .vocab_size = config.vocab_size,
               .max_position_embeddings = config.max_position_embeddings,
               .weights_bytes = engine->weights_bytes(),

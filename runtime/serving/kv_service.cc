@@ -16,8 +16,8 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr int64_t kDefaultMessageBytes = int64_t{512} << 10;
-constexpr int64_t kMinMessageBytes = int64_t{16} << 10;
-constexpr int64_t kMaxMessageBytes = int64_t{2} << 20;
+constexpr int64_t kMinPagesBytes = int64_t{16} << 10;
+constexpr int64_t kMaxPagesBytes = int64_t{2} << 20;
 constexpr milliseconds kWaitSlice{50};  // a reader that is gone is noticed within this
 constexpr size_t kMaxReasonBytes = 256;
 
@@ -60,7 +60,6 @@ class KvServiceImpl::PageStream {
 
  private:
   absl::Status SendAll() {
-    LF_ASSIGN_OR_RETURN(reader_, service_->store_->Read(request_.transfer_id()));
     LF_ASSIGN_OR_RETURN(layout_, FromProto(request_.layout()));
     const KvSelection asked{.layer_begin = request_.layer_begin(),
                             .layer_end = request_.layer_end(),
@@ -68,15 +67,16 @@ class KvServiceImpl::PageStream {
                             .head_end = request_.head_end(),
                             .token_begin = request_.token_begin(),
                             .token_end = request_.token_end()};
-    LF_ASSIGN_OR_RETURN(selection_, ResolveSelection(asked, reader_->spec()));
+    LF_ASSIGN_OR_RETURN(reader_, service_->store_->Read(request_.transfer_id(), asked));
+    const KvSelection& selection = reader_->selection();
     if (request_.max_message_bytes() < 0 || request_.max_wait_ms() < 0) {
       return absl::InvalidArgumentError("max_message_bytes and max_wait_ms must not be negative");
     }
     max_bytes_ = request_.max_message_bytes() == 0
                      ? kDefaultMessageBytes
-                     : std::clamp(request_.max_message_bytes(), kMinMessageBytes, kMaxMessageBytes);
-    const std::vector<KvPiece> pieces = CutIntoPieces(selection_, reader_->spec(), max_bytes_);
-    for (int64_t layer = selection_.layer_begin; layer < selection_.layer_end; ++layer) {
+                     : std::clamp(request_.max_message_bytes(), kMinPagesBytes, kMaxPagesBytes);
+    const std::vector<KvPiece> pieces = CutIntoPieces(selection, reader_->spec(), max_bytes_);
+    for (int64_t layer = selection.layer_begin; layer < selection.layer_end; ++layer) {
       LF_RETURN_IF_ERROR(SendLayer(layer, pieces));
     }
     return absl::OkStatus();
@@ -92,8 +92,7 @@ class KvServiceImpl::PageStream {
         LF_RETURN_IF_ERROR(Flush(&message, &message_bytes));
       }
       LF_RETURN_IF_ERROR(Wait(layer, row_end));
-      const int64_t piece_bytes = AddPage(layer, piece, &message);
-      if (piece_bytes < 0) return EndOfTransfer();
+      LF_ASSIGN_OR_RETURN(const int64_t piece_bytes, AddPage(layer, piece, &message));
       message_bytes += piece_bytes;
       if (message_bytes + piece_bytes > max_bytes_) LF_RETURN_IF_ERROR(Flush(&message, &message_bytes));
     }
@@ -113,29 +112,22 @@ class KvServiceImpl::PageStream {
     }
   }
 
-  // Bytes added, or -1 if the transfer has ended.
-  int64_t AddPage(int64_t layer, const KvPiece& piece, v1::ReadPagesResponse* message) {
-    const absl::StatusOr<KvLayerView> view = reader_->View(layer);
-    if (!view.ok()) return -1;
+  // Bytes added.
+  absl::StatusOr<int64_t> AddPage(int64_t layer, const KvPiece& piece, v1::ReadPagesResponse* message) {
     v1::KvPage* page = message->add_pages();
+    const KvSelection& selection = reader_->selection();
     page->set_layer(layer);
-    page->set_head_begin(selection_.head_begin);
-    page->set_num_heads(selection_.head_end - selection_.head_begin);
+    page->set_head_begin(selection.head_begin);
+    page->set_num_heads(selection.head_end - selection.head_begin);
     page->set_token_begin(piece.token_begin);
     page->set_num_tokens(piece.num_tokens);
-    CopyPiece(*view, view->key, selection_, piece, layout_, page->mutable_key());
-    CopyPiece(*view, view->value, selection_, piece, layout_, page->mutable_value());
+    LF_RETURN_IF_ERROR(reader_->Copy(layer, piece, layout_, page->mutable_key(), page->mutable_value()));
     page->set_key_crc32c(Crc32c(page->key().data(), static_cast<int64_t>(page->key().size())));
     page->set_value_crc32c(Crc32c(page->value().data(), static_cast<int64_t>(page->value().size())));
     const int64_t bytes = static_cast<int64_t>(page->key().size() + page->value().size());
     ++num_pages_;
     num_bytes_ += bytes;
     return bytes;
-  }
-
-  absl::Status EndOfTransfer() {
-    LF_ASSIGN_OR_RETURN(const TransferStatus status, service_->store_->GetStatus(request_.transfer_id()));
-    return EndedStatus(request_.transfer_id(), status.state, status.reason);
   }
 
   absl::Status Flush(v1::ReadPagesResponse* message, int64_t* message_bytes) {
@@ -158,7 +150,6 @@ class KvServiceImpl::PageStream {
   const v1::ReadPagesRequest& request_;
   grpc::ServerWriter<v1::ReadPagesResponse>* const writer_;
   std::unique_ptr<KvReader> reader_;
-  KvSelection selection_;
   KvLayout layout_ = KvLayout::kHeadsTokens;
   int64_t max_bytes_ = 0;
   int64_t num_pages_ = 0;

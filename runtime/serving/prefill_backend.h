@@ -24,6 +24,7 @@ struct ServedModel {
   int64_t num_q_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
+  int64_t rotary_chunk_tokens = 0;  // KvManifest's
   int64_t vocab_size = 0;
   int64_t max_position_embeddings = 0;
   int64_t weights_bytes = 0;

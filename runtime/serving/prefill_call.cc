@@ -23,8 +23,11 @@ std::optional<std::chrono::steady_clock::time_point> SteadyDeadline(
 }  // namespace
 
 PrefillCall::PrefillCall(PrefillServiceImpl* service, grpc::CallbackServerContext* context,
-                         int64_t max_tokens, DType default_kv_dtype)
-    : service_(service), context_(context), max_tokens_(max_tokens), upload_(max_tokens, default_kv_dtype) {}
+                         int64_t max_tokens, DType default_kv_dtype, const RecallOptions& default_recall)
+    : service_(service),
+      context_(context),
+      max_tokens_(max_tokens),
+      upload_(max_tokens, default_kv_dtype, default_recall) {}
 
 void PrefillCall::Start() { StartRead(&incoming_); }
 

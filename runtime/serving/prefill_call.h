@@ -26,7 +26,7 @@ class PrefillCall final : public grpc::ServerBidiReactor<v1::PrefillRequest, v1:
                           public std::enable_shared_from_this<PrefillCall> {
  public:
   PrefillCall(PrefillServiceImpl* service, grpc::CallbackServerContext* context, int64_t max_tokens,
-              DType default_kv_dtype);
+              DType default_kv_dtype, const RecallOptions& default_recall);
 
   // Starts to read; the call is registered with the service.
   void Start();

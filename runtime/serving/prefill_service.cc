@@ -69,7 +69,8 @@ grpc::ServerBidiReactor<v1::PrefillRequest, v1::PrefillEvent>* PrefillServiceImp
           absl::StrCat("too many calls at once, the limit is ", options_.max_calls));
     }
     const ServedModel model = backend_ == nullptr ? ServedModel{} : backend_->model();
-    call = std::make_shared<PrefillCall>(this, context, model.max_position_embeddings, model.compute_dtype);
+    call = std::make_shared<PrefillCall>(this, context, model.max_position_embeddings, model.compute_dtype,
+                                         options_.recall);
     calls_.emplace(call.get(), call);  // until its OnDone
   }
   if (refuse.ok()) {
@@ -97,6 +98,7 @@ std::shared_ptr<const v1::KvManifest> PrefillServiceImpl::AddManifest(
                       .num_layers = model.num_layers,
                       .num_kv_heads = model.num_kv_heads,
                       .head_dim = model.head_dim,
+                      .rotary_chunk_tokens = model.rotary_chunk_tokens,
                       .dtype = request.kv_dtype};
   for (int rank = 0; rank < plan.mesh().size(); ++rank) {
     manifest.shards.push_back({.rank = rank,

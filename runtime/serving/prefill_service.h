@@ -32,6 +32,7 @@ struct GroupInfo {
 struct PrefillServiceOptions {
   int max_calls = 0;  // uploading, waiting and computing together; 0: the queue and 16 more
   std::chrono::milliseconds upload_idle_limit{60000};  // between two messages of a prompt
+  RecallOptions recall;                                // of requests that say nothing of it
 };
 
 // longfill.v1.PrefillService on rank 0. A call is a PrefillCall, which reacts to gRPC and to the scheduler;

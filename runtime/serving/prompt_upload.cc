@@ -72,6 +72,10 @@ absl::Status PromptUpload::AddHeader(const v1::PrefillHeader& header) {
   if (header.kv_dtype() != v1::DATA_TYPE_UNSPECIFIED) {
     LF_ASSIGN_OR_RETURN(request_.kv_dtype, FromProto(header.kv_dtype()));
   }
+  request_.recall = default_recall_;
+  if (header.has_recall()) {
+    LF_ASSIGN_OR_RETURN(request_.recall, FromProto(header.recall()));
+  }
   request_.logits_positions.assign(header.logits_positions().begin(), header.logits_positions().end());
   num_tokens_ = header.num_tokens();
   has_header_ = true;

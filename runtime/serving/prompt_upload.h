@@ -19,9 +19,10 @@ inline constexpr int64_t kMaxRequestIdCharacters = 128;
 // as they arrive, so that a false header allocates nothing.
 class PromptUpload {
  public:
-  // Prompts longer than max_tokens are refused at the header; one that names no KV dtype gets the one given.
-  PromptUpload(int64_t max_tokens, DType default_kv_dtype)
-      : max_tokens_(max_tokens), default_kv_dtype_(default_kv_dtype) {}
+  // Prompts longer than max_tokens are refused at the header; one that names no KV dtype, or says nothing of
+  // recall, gets what is given.
+  PromptUpload(int64_t max_tokens, DType default_kv_dtype, const RecallOptions& default_recall)
+      : max_tokens_(max_tokens), default_kv_dtype_(default_kv_dtype), default_recall_(default_recall) {}
 
   // InvalidArgument names what is wrong; the upload is of no more use then.
   absl::Status Add(const v1::PrefillRequest& message);
@@ -36,6 +37,7 @@ class PromptUpload {
 
   const int64_t max_tokens_;
   const DType default_kv_dtype_;
+  const RecallOptions default_recall_;
   bool has_header_ = false;
   bool too_long_ = false;
   int64_t num_tokens_ = 0;

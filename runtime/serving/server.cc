@@ -92,15 +92,15 @@ ServerOptions WithDefaults(ServerOptions options) {
 
 }  // namespace
 
-Server::Server(ServerOptions options, MemoryResource* memory)
+Server::Server(ServerOptions options, KvTier* tier)
     : options_(WithDefaults(std::move(options))),
-      store_(options_.store, memory),
+      store_(options_.store, tier),
       prefill_service_(options_.prefill, &store_),
       kv_service_(options_.kv, &store_),
       admin_service_(std::make_unique<AdminService>(this)) {}
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options, MemoryResource* memory) {
-  std::unique_ptr<Server> server(new Server(std::move(options), memory));
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerOptions options, KvTier* tier) {
+  std::unique_ptr<Server> server(new Server(std::move(options), tier));
   LF_RETURN_IF_ERROR(server->Listen());
   server->SetHealth(false);
   server->housekeeper_ = std::thread([raw = server.get()] { raw->KeepHouse(); });

@@ -8,7 +8,6 @@
 #include <string>
 #include <thread>
 
-#include "kernels/base/memory.h"
 #include "kernels/base/status.h"
 #include "runtime/kv/kv_store.h"
 #include "runtime/serving/kv_service.h"
@@ -55,8 +54,8 @@ struct ServerOptions {
 class Server {
  public:
   // InvalidArgument: an address that cannot be listened at, naming it. Ports are never shared with another
-  // process. `memory` holds the KV store and outlives the server.
-  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options, MemoryResource* memory);
+  // process. `tier` is that of the KV store and outlives the server.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerOptions options, KvTier* tier);
   // Only after Wait, and not when it returned Unavailable: then the engine may still hang in a collective,
   // and the process leaves by _exit(kExitPeerLost).
   ~Server();
@@ -82,7 +81,7 @@ class Server {
   class AdminService;
   enum class Phase { kLoading, kServing, kDraining, kBroken };
 
-  Server(ServerOptions options, MemoryResource* memory);
+  Server(ServerOptions options, KvTier* tier);
   absl::Status Listen();
   void SetHealth(bool serving);
   void KeepHouse();

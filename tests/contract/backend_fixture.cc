@@ -8,7 +8,8 @@ namespace {
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateNamed(const std::string& name) {
   if (name == "cpu") return CreateCpuBackend(2);
-  return CreateCudaBackend({.compute_dtype = name == "cuda_float16" ? DType::kFloat16 : DType::kBFloat16});
+  return CreateCudaBackend({.compute_dtype = name == "cuda_float16" ? DType::kFloat16 : DType::kBFloat16,
+                            .generic_kernels = name == "cuda_generic_bfloat16"});
 }
 
 // One of each for the whole program: starting a GPU takes most of a second.
@@ -97,6 +98,8 @@ std::vector<float> NormalFloats(int64_t count, uint32_t seed, float stddev) {
   return values;
 }
 
-std::vector<std::string> BackendNames() { return {"cpu", "cuda_bfloat16", "cuda_float16"}; }
+std::vector<std::string> BackendNames() {
+  return {"cpu", "cuda_bfloat16", "cuda_float16", "cuda_generic_bfloat16"};
+}
 
 }  // namespace longfill

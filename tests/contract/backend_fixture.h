@@ -68,7 +68,8 @@ class BackendTest : public ::testing::TestWithParam<std::string> {
 
 std::vector<float> NormalFloats(int64_t count, uint32_t seed, float stddev = 1.0F);
 
-// "cpu", "cuda_bfloat16", "cuda_float16"
+// "cpu", "cuda_bfloat16", "cuda_float16", and "cuda_generic_bfloat16", which has no kernel made for one
+// architecture.
 std::vector<std::string> BackendNames();
 #define LF_INSTANTIATE_BACKENDS(suite)                                  \
   INSTANTIATE_TEST_SUITE_P(                                             \

@@ -87,10 +87,14 @@ class IndexTest : public BackendTest {
   }
 
   std::vector<PairCounts> Count(std::span<const IndexView> indices, int64_t num_tokens) {
+    return Count(indices, num_tokens, num_tokens);
+  }
+  std::vector<PairCounts> Count(std::span<const IndexView> indices, int64_t num_tokens, int64_t num_rows) {
     const Buffer counts = Bytes(std::ssize(indices) * static_cast<int64_t>(sizeof(PairCounts)));
     const Workspace workspace =
         NewWorkspace(kernels().CountPairsWorkspaceBytes(std::ssize(indices), num_tokens));
-    LF_EXPECT_OK(kernels().CountPairs({indices, num_tokens, counts.as<PairCounts>()}, workspace, stream()));
+    LF_EXPECT_OK(
+        kernels().CountPairs({indices, num_tokens, counts.as<PairCounts>(), num_rows}, workspace, stream()));
     return Download<PairCounts>(counts.data(), std::ssize(indices));
   }
 
@@ -201,15 +205,16 @@ int64_t PublishedPairs(const Selection& selection, int64_t num_tokens) {
   return pairs;
 }
 
-// Pairs of tiles: for each row block the union of the windows of the distances, and the columns.
+// Pairs of tiles: for each row block the union of the pieces of the distances, and the columns.
 int64_t TilePairs(const Selection& selection, int64_t num_tokens) {
+  const std::vector<int64_t> pieces = oracle::TilePieces(selection.distances);
   int64_t pairs = 0;
   for (int64_t start = 0; start < num_tokens; start += kRowBlock) {
     const int64_t row_end = std::min(start + kRowBlock, num_tokens);
     std::vector<uint8_t> covered(static_cast<size_t>(row_end));
-    for (const int64_t d : selection.distances) {
-      const int64_t begin = std::max<int64_t>(0, start - d);
-      const int64_t end = std::min(start + kRowBlock - d, row_end);
+    for (const int64_t piece : pieces) {
+      const int64_t begin = std::max<int64_t>(0, start - piece);
+      const int64_t end = std::min(start + kRowBlock - piece, row_end);
       if (begin < end) std::fill(covered.begin() + begin, covered.begin() + end, uint8_t{1});
     }
     for (const int64_t column : selection.columns) {
@@ -239,6 +244,8 @@ TEST_P(IndexTest, CountsPairsOfVerticalSlash) {
     selections.push_back({all, {}});
     selections.push_back({{}, {}});
     selections.push_back({{}, {static_cast<int32_t>(n - 1)}});
+    selections.push_back({});  // distances so far apart that each begins a run
+    for (int32_t d = 0; d < n; d += kRowBlock + 1) selections.back().distances.push_back(d);
     std::vector<SparseIndex> indices;
     for (Selection& selection : selections) {
       selection.distances.insert(selection.distances.begin(), 0);
@@ -247,21 +254,36 @@ TEST_P(IndexTest, CountsPairsOfVerticalSlash) {
         indices.push_back(MakeVerticalSlashIndex(selection.columns, selection.distances, coverage));
       }
     }
-    const std::vector<PairCounts> got = Count(UploadIndices(indices), n);
-    for (size_t i = 0; i < selections.size(); ++i) {
-      SCOPED_TRACE(testing::Message() << n << " tokens, selection " << i);
-      const int64_t published = PublishedPairs(selections[i], n);
-      const int64_t tiles = TilePairs(selections[i], n);
-      if (n <= 200) {
-        EXPECT_EQ(tiles, oracle::TilesMask(selections[i].columns, selections[i].distances, n).CountPairs());
-        EXPECT_EQ(published,
-                  oracle::ParityMask(selections[i].columns, selections[i].distances, n).CountPairs());
+    for (const int64_t rows : {n, n / 2 / kRowBlock * kRowBlock}) {  // the whole prompt, the first half of it
+      if (rows == 0) continue;
+      const std::vector<PairCounts> got = Count(UploadIndices(indices), n, rows);
+      for (size_t i = 0; i < selections.size(); ++i) {
+        SCOPED_TRACE(testing::Message() << rows << " of " << n << " tokens, selection " << i);
+        const int64_t published = PublishedPairs(selections[i], rows);
+        const int64_t tiles = TilePairs(selections[i], rows);
+        if (rows == n && n <= 200) {
+          EXPECT_EQ(tiles, oracle::TilesMask(selections[i].columns, selections[i].distances, n).CountPairs());
+          EXPECT_EQ(published,
+                    oracle::ParityMask(selections[i].columns, selections[i].distances, n).CountPairs());
+        }
+        EXPECT_EQ(got[2 * i].published, published);
+        EXPECT_EQ(got[2 * i].covered, tiles);
+        EXPECT_EQ(got[2 * i + 1].published, published);
+        EXPECT_EQ(got[2 * i + 1].covered, published);
       }
-      EXPECT_EQ(got[2 * i].published, published);
-      EXPECT_EQ(got[2 * i].covered, tiles);
-      EXPECT_EQ(got[2 * i + 1].published, published);
-      EXPECT_EQ(got[2 * i + 1].covered, published);
     }
+  }
+}
+
+TEST_P(IndexTest, CountsNoPartOfARowBlock) {
+  const std::vector<SparseIndex> indices = {MakeDenseIndex()};
+  const std::vector<IndexView> views = UploadIndices(indices);
+  const Buffer counts = Bytes(sizeof(PairCounts));
+  const Workspace workspace = NewWorkspace(kernels().CountPairsWorkspaceBytes(1, 200));
+  for (const int64_t rows : {100, 1, -64}) {
+    EXPECT_THAT(
+        kernels().CountPairs({views, 200, counts.as<PairCounts>(), rows}, workspace, stream()),
+        StatusIs(absl::StatusCode::kInvalidArgument, testing::HasSubstr(absl::StrCat("num_rows ", rows))));
   }
 }
 

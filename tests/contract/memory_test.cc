@@ -81,6 +81,29 @@ TEST_P(MemoryTest, FreedPiecesComeBackAsOneLargeAllocation) {
   EXPECT_THAT(backend().memory().Allocate(total, "all of it"), IsOk());
 }
 
+TEST_P(MemoryTest, WhatIsHeldIsCountedAndTrimGivesIdlePiecesBack) {
+  MemoryResource& memory = backend().memory();
+  LF_ASSERT_OK(stream().Sync());
+  LF_ASSERT_OK(memory.Trim());
+  memory.ResetPeak();
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t free_before, backend().FreeMemoryBytes());
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t held_before, memory.PeakHeldBytes());
+  constexpr int64_t kSize = int64_t{512} << 20;
+  { const Buffer buffer = NewBuffer(kSize); }
+  LF_ASSERT_OK(stream().Sync());
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t held, memory.PeakHeldBytes());
+  EXPECT_GE(held, held_before + kSize / 2);
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t idle, memory.IdleBytes());
+  if (on_gpu()) {
+    EXPECT_GE(idle, kSize);
+  }
+  LF_ASSERT_OK(memory.Trim());
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t idle_after, memory.IdleBytes());
+  EXPECT_LT(idle_after, kSize / 4);
+  LF_ASSERT_OK_AND_ASSIGN(const int64_t free_after, backend().FreeMemoryBytes());
+  EXPECT_NEAR(static_cast<double>(free_after), static_cast<double>(free_before), 0.1 * kSize);
+}
+
 TEST_P(MemoryTest, CopiesThereAndBackAreEqual) {
   for (int64_t bytes : {0, 1, 3, 4, 5, 16, 3999, 4000, 4001, 65535, 65536, 65537, (1 << 20) + 3}) {
     for (int64_t offset : {0, 1, 4}) {

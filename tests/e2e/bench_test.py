@@ -32,6 +32,22 @@ def write_recording(path, tokens=TOKENS, layers=2, heads=3, vertical=300, slash=
     return path
 
 
+def tile_pairs(columns, distances, tokens):
+    """Pairs of one head by the definition: rows of 64 take keys of the pieces of their distances, and columns."""
+    pieces = []  # kernels/sparse/sparse_index.h, CoarseRuns
+    for distance in sorted(map(int, numpy.append(distances, 0)), reverse=True):
+        if not pieces or distance < pieces[-1]:
+            pieces.append(min(distance, pieces[-1] - 64) if pieces else distance)
+    total = 0
+    for begin in range(0, tokens, 64):
+        keys = numpy.zeros(tokens, dtype=bool)
+        keys[columns] = True
+        for piece in pieces:
+            keys[max(0, begin - piece):max(0, begin - piece + 64)] = True
+        total += sum(int(keys[:query + 1].sum()) for query in range(begin, min(begin + 64, tokens)))
+    return total
+
+
 class Bench(support.TemporaryDirectoryTest):
     def setUp(self):
         super().setUp()
@@ -79,7 +95,6 @@ class Bench(support.TemporaryDirectoryTest):
         replayed = self.report("--patterns", patterns, "--indices", recording)
         self.assertEqual(replayed["indices"], str(recording))
         self.assertNotEqual(replayed["runs"][0]["covered_pairs"], built["runs"][0]["covered_pairs"])
-        # Pairs by the definition, of one head: rows of 64 take keys of the windows of their distances, and columns.
         self.assertEqual(self.report("--attention", "vertical-slash:300,400", "--indices", recording)["runs"][0]["covered_pairs"],
                          self.count_pairs(recording, 300, 400))
         ranks = self.report("--patterns", patterns, "--indices", recording, ranks=2)
@@ -87,19 +102,9 @@ class Bench(support.TemporaryDirectoryTest):
 
     def count_pairs(self, recording, num_vertical, num_slash):
         tensors = safetensors_io.read(recording)
-        total = 0
-        for layer in range(3):
-            for head in range(4):
-                columns = tensors["vertical"][1][layer % 2, head % 3][:num_vertical]
-                distances = numpy.append(tensors["slash"][1][layer % 2, head % 3][:num_slash], 0)
-                for begin in range(0, TOKENS, 64):
-                    end = min(begin + 64, TOKENS)
-                    keys = numpy.zeros(TOKENS, dtype=bool)
-                    keys[columns] = True
-                    for distance in distances:
-                        keys[max(0, begin - distance):max(0, begin - distance + 64)] = True
-                    total += sum(int(keys[:query + 1].sum()) for query in range(begin, end))
-        return total
+        return sum(tile_pairs(tensors["vertical"][1][layer % 2, head % 3][:num_vertical],
+                              tensors["slash"][1][layer % 2, head % 3][:num_slash], TOKENS)
+                   for layer in range(3) for head in range(4))
 
     def test_the_text_says_what_was_measured(self):
         result = self.bench("--attention", "vertical-slash:100,200")

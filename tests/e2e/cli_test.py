@@ -13,7 +13,7 @@ import unittest
 import google_crc32c
 import numpy
 import support
-from support import GOLDEN, run, some_tokens, write_model, write_tokens
+from support import GOLDEN, LONGFILL, run, some_tokens, write_model, write_tokens
 
 import longfill
 from longfill import safetensors_io
@@ -26,7 +26,8 @@ def golden(case):
 class Golden(support.TemporaryDirectoryTest):
     """fp32 KV and logits within 1e-3 of their largest value (observed: 1e-5), on one rank and on several."""
 
-    CASES = ["llama-gqa4", "llama-sharded-v5", "llama-rope-yarn-mscale", "llama-all-biases-fp32"]
+    CASES = ["llama-gqa4", "llama-sharded-v5", "llama-rope-yarn-mscale", "llama-all-biases-fp32", "chatglm-remote-code",
+             "phi3-longrope-long-factors", "qwen3-tied"]
 
     def check(self, case, **options):
         expected = golden(case)
@@ -62,6 +63,23 @@ class Golden(support.TemporaryDirectoryTest):
             with self.subTest(case):
                 self.check(case)
 
+    def test_a_window_is_what_transformers_computes_and_no_more(self):
+        case, window, tokens = "mistral-window", 37, 201
+        expected = golden(case)
+        for attention in ("dense", "vertical-slash:50,150", "block-sparse:3"):
+            with self.subTest(attention):
+                out = self.tmp / "out"
+                result = run("prefill", "--model", GOLDEN / case, "--tokens", GOLDEN / case / "tokens.i32", "--out", out,
+                             "--attention", attention, "--json", "--overwrite")
+                self.assertEqual(result.returncode, 0, result.stderr)
+                figures = json.loads(result.stdout)
+                self.assertEqual(figures["attention"], f"{attention}, windows of {window} in 2 layers")
+                pairs = sum(min(row + 1, window) for row in range(tokens))
+                self.assertEqual(figures["covered_pairs"], pairs * 4 * 2)  # query heads, layers
+                for layer, (key, value) in enumerate(longfill.load_manifest(out).to_numpy()):
+                    self.assert_close(key, expected[f"layer.{layer}.key"], f"layer {layer} key")
+                    self.assert_close(value, expected[f"layer.{layer}.value"], f"layer {layer} value")
+
     def test_four_ranks_compute_what_transformers_computes(self):
         for mesh in ("sequence=4", "head=4", "sequence=2,head=2"):
             with self.subTest(mesh):
@@ -83,15 +101,16 @@ class Output(support.TemporaryDirectoryTest):
             self.assertEqual(result.returncode, 0, result.stderr)
             figures = json.loads(result.stdout)
             wanted = {"tokens", "ranks", "mesh", "seconds", "index_seconds", "attention_seconds", "linear_seconds",
-                      "communication_seconds", "published_pairs", "covered_pairs", "computed_pairs", "density",
+                      "communication_seconds", "exposed_communication_seconds", "published_pairs", "covered_pairs", "computed_pairs", "density",
                       "rank_covered_pairs", "imbalance", "kv_bytes", "peak_memory_bytes", "gemm_seconds",
                       "other_seconds", "exposed_copy_seconds", "peak_device_bytes", "planned_device_bytes",
-                      "outside_device_bytes", "device", "compute_dtype"}
+                      "outside_device_bytes", "device", "communicator", "compute_dtype"}
             self.assertLessEqual(wanted, figures.keys())
             self.assertEqual(figures["tokens"], 300)
             self.assertEqual(len(figures["rank_covered_pairs"]), ranks or 1)
             self.assertGreater(figures["peak_memory_bytes"], 1 << 20)
             self.assertEqual(figures["compute_dtype"], "float32")
+            self.assertEqual(figures["communicator"], "mpi" if ranks else "single")
             self.assertTrue(0.97 * figures["planned_device_bytes"] <= figures["peak_device_bytes"]
                             <= figures["planned_device_bytes"], figures)
             self.assertEqual(longfill.load_manifest(self.tmp / "out").manifest.dtype, "float32")
@@ -177,11 +196,123 @@ class Output(support.TemporaryDirectoryTest):
                 self.assertLess(figures["density"], 0.5, spec)
                 self.assertLessEqual(figures["covered_pairs"], figures["computed_pairs"], spec)
 
+    def test_recall_is_reported_when_it_is_watched_and_held_when_it_is_guarded(self):
+        tokens = write_tokens(self.tmp / "long.i32", some_tokens(3000))
+        results = {}
+        for ranks in (None, 2):
+            for name, options in (("off", []), ("watched", ["--recall-monitor"]), ("guarded", ["--min-recall", "1"])):
+                result = self.prefill("--tokens", tokens, "--attention", "vertical-slash:30,50", "--json", "--overwrite",
+                                      *options, ranks=ranks)
+                self.assertEqual(result.returncode, 0, result.stderr)
+                results[name] = json.loads(result.stdout)
+            self.assertNotIn("recall", results["off"])
+            watched, guarded = results["watched"]["recall"], results["guarded"]["recall"]
+            self.assertEqual(watched["recomputed"], 0)
+            self.assertLess(watched["min"], 1)
+            self.assertGreater(watched["min"], 0)
+            self.assertEqual(len(watched["layers"]), 2)
+            layer = watched["layers"][watched["min_layer"]]
+            self.assertEqual(layer["min"], watched["min"])
+            self.assertEqual(layer["min_head"], watched["min_head"])
+            self.assertEqual(layer["heads"][watched["min_head"]], watched["min"])
+            self.assertAlmostEqual(watched["mean"], sum(each["mean"] for each in watched["layers"]) / 2)
+            self.assertEqual(guarded["min"], 1)
+            self.assertEqual(guarded["min_recall"], 1)
+            self.assertEqual(guarded["recomputed"], sum(len(each["recomputed"]) for each in guarded["layers"]))
+            self.assertGreater(guarded["recomputed"], 0)
+            for each in guarded["layers"][0]["recomputed"]:
+                self.assertEqual((each["pattern"], each["recall"], each["density"]), ("dense", 1, 1))
+                self.assertAlmostEqual(each["recall_before"], watched["layers"][0]["heads"][each["head"]], places=4)
+        result = self.prefill("--tokens", tokens, "--attention", "vertical-slash:30,50", "--recall-monitor", "--overwrite")
+        self.assertRegex(result.stdout, r"recall 0\.\d+, least 0\.\d+ \(layer \d, head \d\), 0 heads computed again")
+
     def test_inspect_shows_model_and_plan(self):
         result = run("inspect", "--model", self.model, "--tokens", "300", "--mesh", "sequence=2")
         self.assertEqual(result.returncode, 0, result.stderr)
         for text in ("LlamaForCausalLM", "300 tokens", "sequence=2,head=1", "total", "longest prompt"):
             self.assertIn(text, result.stdout)
+        result = run("inspect", "--model", self.model, "--memory-limit", "1")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertIn("longest prompt: 0 tokens for prefill, 0 for serve", result.stdout)
+        for option, value in (("--memory-limit", "-5"), ("--memory-limit", "0"), ("--memory-limit", "9e30GB"), ("--tokens", "-3"),
+                              ("--tokens", "1.5"), ("--dense-below", "-1")):
+            result = run("inspect", "--model", self.model, option, value)
+            self.assertEqual(result.returncode, 2, result.stdout)
+            self.assertIn(f'{option}: "{value}" is', result.stderr)
+        with open("/dev/full", "w", encoding="utf-8") as full:
+            result = subprocess.run([LONGFILL, "inspect", "--model", self.model], stdout=full, stderr=subprocess.PIPE, text=True)
+        self.assertEqual((result.returncode, "standard output" in result.stderr), (1, True))
+
+
+class Inspect(support.TemporaryDirectoryTest):
+    def inspect(self, model, *options):
+        result = run("inspect", "--model", model, *options)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        return dict(line.split(maxsplit=1) for line in result.stdout.replace("rotary embedding", "rotary_embedding")
+                    .replace("pattern file", "pattern_file").splitlines() if len(line.split(maxsplit=1)) == 2)
+
+    def test_a_model_is_described_by_family_rope_and_what_is_unusual(self):
+        cases = {
+            "llama-gqa4": ("llama", "theta 10000, scaling none", "nothing"),
+            "llama-rope-llama3": ("llama", "theta 500000, scaling llama3 x8 of 64", "nothing"),
+            "llama-all-biases-fp32": ("llama", "theta 10000, scaling none", "biases of Q, K, V and O, biases of the MLP"),
+            "qwen2-window-by-layer-types-v5": (
+                "qwen2", "theta 10000, scaling none", "biases of Q, K and V, sliding window of 33 in 2 of 3 layers"),
+            "qwen2-first-of-dual-chunks": (
+                "qwen2", "theta 10000, scaling none",
+                "biases of Q, K and V, dual chunk attention beyond 128 tokens, distances up to 160, "
+                "scaled beyond 160 tokens"),
+            "qwen2-yarn-beyond-original": (
+                "qwen2", "theta 10000, scaling yarn x4 of 64, cos and sin times 1.139", "biases of Q, K and V"),
+            "phi3-su-window": (
+                "phi3", "theta 10000, scaling longrope x8, short factors up to 64 tokens, long ones beyond, "
+                "cos and sin times 1.225", "sliding window of 66 in 2 of 2 layers"),
+            "qwen3-tied": ("qwen3", "theta 10000, scaling none", "norms of query and key heads"),
+            "chatglm-remote-code": (
+                "chatglm", "theta 5e+06, first 32 of 64 dims, interleaved pairs, scaling none", "biases of Q, K and V"),
+        }
+        for case, (family, rope, unusual) in cases.items():
+            with self.subTest(case):
+                shown = self.inspect(GOLDEN / case)
+                self.assertEqual(shown["family"], family)
+                self.assertEqual(shown["rotary_embedding"], rope)
+                self.assertEqual(shown["unusual"], unusual)
+
+    def test_patterns_are_found_in_a_directory_by_the_name_of_the_model(self):
+        model = write_model(self.tmp / "Phi-3-mini-128k-instruct")
+        directory = self.tmp / "configs"
+        directory.mkdir()
+        options = ["--tokens", "300", "--dense-below", "0", "--patterns", directory]
+        result = run("inspect", "--model", model, *options)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        for word in ("--patterns", "Phi-3-mini-128k-instruct", "patterns.json"):
+            self.assertIn(word, result.stderr)
+        published = directory / "Phi_3_mini_128k_instruct_kv_out_v32_fit_o_best_pattern.json"
+        published.write_text(json.dumps([{"0": ["stream_llm", 1, 64, 0.5]}] * 2), encoding="utf-8")
+        shown = self.inspect(model, *options)
+        self.assertEqual(shown["patterns"], str(published))
+        self.assertEqual(shown["pattern_file"], "published form, without provenance")
+
+        own = directory / "Phi-3-mini-128k-instruct.json"
+        def write_own(fingerprint):
+            patterns = [{"0": ["vertical_and_slash", 1000, 6096, 0.75]}, {"1": ["stream_llm", 1, 64, 0.5]}]
+            patterns.append({"longfill": {
+                "version": 1, "model": {"name": "base", "fingerprint": fingerprint}, "calibration": {"sha256": "0" * 64},
+                "search": {"budgets": [1, 2]}, "score": "recall", "exact": {"0": {"0": "dense"}}}})
+            own.write_text(json.dumps(patterns), encoding="utf-8")
+        write_own("0" * 64)
+        shown = self.inspect(model, *options)
+        self.assertEqual(shown["patterns"], str(own))
+        self.assertEqual(shown["pattern_file"],
+                         f"searched for another model, base, fingerprint {'0' * 64}, recall 0.500 to 0.750")
+        tokens = write_tokens(self.tmp / "prompt.i32", some_tokens(300))
+        prefill = ["prefill", "--model", model, "--tokens", tokens, "--out", self.tmp / "out", "--json", "--overwrite",
+                   *options[2:]]
+        self.assertEqual(json.loads(run(*prefill).stdout)["attention"], f"{own} (auto), searched for another model")
+        write_own(shown["fingerprint"])
+        shown = self.inspect(model, *options)
+        self.assertEqual(shown["pattern_file"], "searched for this model, recall 0.500 to 0.750")
+        self.assertEqual(json.loads(run(*prefill).stdout)["attention"], f"{own} (auto)")
 
 
 class Cuda(support.TemporaryDirectoryTest):
@@ -204,6 +335,7 @@ class Cuda(support.TemporaryDirectoryTest):
                 figures = json.loads(result.stdout)
                 self.assertEqual(figures["compute_dtype"], "bfloat16")
                 self.assertIn("sm_", figures["device"])
+                self.assertIn(figures["communicator"], ("staged mpi", "nccl") if ranks else ("staged single",))
                 self.assertTrue(0.97 * figures["planned_device_bytes"] <= figures["peak_device_bytes"]
                                 <= figures["planned_device_bytes"], figures)
                 got = longfill.load_manifest(out)
@@ -282,6 +414,27 @@ class BadInput(support.TemporaryDirectoryTest):
             tokens = write_tokens(self.tmp / "large.i32", some_tokens(400000))
             self.refused("tokens", "fit", model=large, tokens=tokens, options=["--memory-limit", "20MB"])
 
+    def test_prompts_beyond_the_first_of_dual_chunks(self):
+        for pattern, count, refusal in (
+            ("block-sparse:3", 128, None), ("block-sparse:3", 129, "block-sparse:3 is not supported with dual chunk"),
+            ("block-share:3,0.1", 129, "block-share:3,0.1 is not supported with dual chunk"),
+            ("vertical-slash:40,120", 129, None), ("a-shape:7,70", 300, None), ("dense", 300, None),
+        ):
+            with self.subTest(f"{pattern} {count}"):
+                result = run("prefill", "--model", GOLDEN / "qwen2-first-of-dual-chunks", "--out", self.tmp / "out",
+                             "--tokens", write_tokens(self.tmp / "chunk.i32", [1] * count), "--overwrite",
+                             "--attention", pattern)
+                self.assertEqual(result.returncode, 2 if refusal else 0, result.stderr)
+                self.assertIn(refusal or "", result.stderr)
+                if refusal is None:
+                    manifest = json.loads((self.tmp / "out" / "manifest.json").read_text())
+                    self.assertEqual(manifest["rotary_chunk_tokens"], 128)
+        result = run("prefill", "--model", GOLDEN / "qwen2-first-of-dual-chunks", "--out", self.tmp / "out", "--tokens",
+                     write_tokens(self.tmp / "chunk.i32", [1] * 129), "--overwrite", "--attention",
+                     "vertical-slash:40,120", "--coverage", "parity")
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertIn("coverage parity is not supported with dual chunk attention", result.stderr)
+
     def test_options(self):
         for options, *words in (
             (["--attention", "a-shape:-1,5"], "-1"),
@@ -295,9 +448,15 @@ class BadInput(support.TemporaryDirectoryTest):
             (["--device", "tpu"], "--device", "tpu"),
             (["--device", "cuda:one"], "--device", "cuda:one"),
             (["--device-dtype", "bfloat16"], "bfloat16", "float32"),
+            (["--communicator", "nccl"], "--communicator nccl", "--device is cpu"),
+            (["--communicator", "smoke"], "--communicator", "smoke"),
             (["--kv", "keep"], "--kv"),
             (["--kv-dtype", "int8"], "--kv-dtype"),
             (["--coverage", "all"], "--coverage"),
+            (["--min-recall", "0"], "--min-recall", '"0"'),
+            (["--min-recall", "1.01"], "--min-recall", "1.01"),
+            (["--min-recall", "nan"], "--min-recall", "nan"),
+            (["--min-recall", "most"], "--min-recall", "most"),
             (["--threads", "0"], "--threads"),
             (["--dense-below", "-5"], "--dense-below"),
             (["--patterns", "/no/such/file"], "/no/such/file"),
@@ -357,6 +516,7 @@ class BadModel(BadInput):
     """Checkpoints that are refused, by `prefill` and by `inspect`."""
 
     # The cases of the base class run there.
+    test_prompts_beyond_the_first_of_dual_chunks = None
     test_token_files = test_prompts_beyond_the_model_or_the_memory = test_options = test_pattern_files = None
     test_output_directories = test_errors_under_mpirun_are_printed_once = test_usage_without_a_subcommand = None
     test_a_gpu_that_is_not_there = test_an_output_directory_is_missed_unless_nothing_is_written = None
@@ -475,14 +635,17 @@ class Program(unittest.TestCase):
 
     def test_help_lists_every_option(self):
         wanted = {
-            "inspect": ["--model", "--tokens", "--mesh", "--device"],
+            "inspect": ["--model", "--tokens", "--mesh", "--device", "--memory-limit"],
             "prefill": ["--model", "--tokens", "--out", "--attention", "--mesh", "--device", "--coverage", "--logits",
                         "--kv-dtype", "--dense-below", "--patterns", "--overwrite", "--json", "--threads"],
             "serve": ["--model", "--listen", "--kv-listen", "--mesh", "--attention"],
             "submit": ["--target", "--tokens", "--out", "--attention", "--logits", "--coverage", "--kv-dtype"],
+            "bench prefill": ["--geometry", "--tokens", "--attention", "--indices", "--kv", "--repeat", "--device"],
+            "bench attention": ["--tokens", "--attention", "--indices", "--patterns", "--kernels", "--reference-tflops", "--device"],
+            "bench index": ["--tokens", "--budget", "--q-heads", "--kv-heads", "--kernels", "--device"],
         }
         for command, options in wanted.items():
-            result = run(command, "--help")
+            result = run(*command.split(), "--help")
             self.assertEqual(result.returncode, 0, result.stderr)
             for option in options:
                 self.assertIn(option, result.stdout, command)

@@ -1,43 +1,21 @@
 #!/usr/bin/env python3
 """The service under faults: bad requests, clients that vanish, ranks that die, SIGTERM, a full queue."""
 
+import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import threading
 import time
-import unittest
 
 import grpc
 import numpy
 import support
-from support import LONGFILL, Service, run, some_tokens, write_model, write_tokens
+from support import LONGFILL, Service, is_idle, run, server_status, some_tokens, wait_until, write_model, write_tokens
 
 import longfill
-from longfill.v1 import admin_pb2, admin_pb2_grpc, kv_pb2, kv_pb2_grpc, prefill_pb2, prefill_pb2_grpc
-
-
-def wait_until(condition, seconds=20, what="condition"):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not come true within {seconds} s")
-
-
-def server_status(target):
-    with grpc.insecure_channel(target) as channel:
-        return admin_pb2_grpc.AdminServiceStub(channel).GetServerStatus(admin_pb2.GetServerStatusRequest(), timeout=10)
-
-
-def is_idle(target):
-    """No prompt computes, none waits, and no KV memory is held."""
-    status = server_status(target)
-    return (not status.HasField("running") and status.queue_length == 0 and status.open_transfers == 0
-            and status.kv_bytes_held == 0 and status.kv_bytes_lingering == 0)
+from longfill.v1 import admin_pb2, kv_pb2, kv_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 
 
 class SlowModel(support.TemporaryDirectoryTest):
@@ -82,6 +60,29 @@ class Requests(SlowModel):
         for pair, again in zip(got.kv, longfill.load_manifest(saved).kv, strict=True):
             numpy.testing.assert_array_equal(pair[0], again[0])
 
+    def test_recall_is_watched_as_asked_or_as_the_service_was_started(self):
+        ids = some_tokens(2000)
+        sparse = "vertical-slash:30,50"
+        with Service(self.model, "--min-recall", "1", ranks=2) as service, longfill.Client(service.target) as client:
+            dense = client.prefill(ids, attention="dense", recall_monitor=False)
+            self.assertNotIn("recall", dense.figures)
+            guarded = client.prefill(ids, attention=sparse)
+            self.assertEqual(guarded.figures["recall"]["min"], 1)
+            self.assertGreater(guarded.figures["recall"]["recomputed"], 0)
+            for head in guarded.figures["recall"]["layers"][0]["recomputed"]:
+                self.assertEqual(head["density"], 1)
+            numpy.testing.assert_allclose(guarded.logits, dense.logits, atol=1e-3 * numpy.abs(dense.logits).max())
+            watched = client.prefill(ids, attention=sparse, recall_monitor=True).figures["recall"]
+            self.assertLess(watched["min"], 1)
+            self.assertEqual(watched["layers"][watched["min_layer"]]["min_head"], watched["min_head"])
+            self.assertEqual(watched["recomputed"], 0)
+            tokens = write_tokens(self.tmp / "prompt.i32", ids)
+            for options, recomputed in (([], True), (["--recall-monitor"], False)):
+                result = run("submit", "--target", service.target, "--tokens", tokens, "--out", self.tmp / "submitted",
+                             "--attention", sparse, "--json", "--overwrite", *options)
+                self.assertEqual(result.returncode, 0, result.stderr)
+                self.assertEqual(json.loads(result.stdout)["recall"]["recomputed"] > 0, recomputed)
+
     def test_caches_may_be_in_files_that_nobody_sees(self):
         ids = some_tokens(300)
         with Service(self.model) as service, longfill.Client(service.target) as client:
@@ -97,7 +98,8 @@ class Requests(SlowModel):
         for pair, expected_pair in zip(got.to_numpy(), expected.to_numpy(), strict=True):
             for array, expected_array in zip(pair, expected_pair):
                 numpy.testing.assert_allclose(array, expected_array, atol=1e-3 * numpy.abs(expected_array).max())
-        for memory, word in (("device", "device"), ("file:/no/such/directory", "/no/such/directory"), ("ram", "ram")):
+        for memory, word in (("device", "device:BYTES"), ("device:many", "device:2GB"), ("reader:1kB", "8388608"),
+                             ("file:/no/such/directory", "/no/such/directory"), ("ram", "ram")):
             result = run("serve", "--model", self.model, "--kv-memory", memory)
             self.assertEqual(result.returncode, 2, result.stderr)
             self.assertIn(word, result.stderr)
@@ -199,7 +201,7 @@ class Vanishing(SlowModel):
             wait_until(lambda: is_idle(service.target), what="transfer expired with its lease")
 
     def test_a_lost_rank_ends_the_request_and_the_group(self):
-        # A stopped rank is noticed when it has been silent for the watchdog's 15 s, a dead one by its closed connection;
+        # A stopped rank is noticed when it has been silent for the watchdog's 8 s, a dead one by its closed connection;
         # the service answers within half a second after that, the client may need its moment on a busy machine.
         for victim, signal_number, limit in ((1, signal.SIGKILL, 2), (0, signal.SIGKILL, 2), (2, signal.SIGSTOP, 20)):
             with self.subTest(rank=victim, signal=signal_number), Service(self.model, ranks=3) as service:

@@ -62,6 +62,38 @@ def has_gpu():
     return run("inspect", "--model", GOLDEN / "llama-gqa7-tied", "--device", "cuda").returncode == 0
 
 
+def wait_until(condition, seconds=20, what="condition"):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not come true within {seconds} s")
+
+
+def server_status(target):
+    import grpc
+
+    from longfill.v1 import admin_pb2, admin_pb2_grpc
+
+    with grpc.insecure_channel(target) as channel:
+        return admin_pb2_grpc.AdminServiceStub(channel).GetServerStatus(admin_pb2.GetServerStatusRequest(), timeout=10)
+
+
+def is_idle(target):
+    """No prompt computes, none waits, and no KV memory is held."""
+    status = server_status(target)
+    return (not status.HasField("running") and status.queue_length == 0 and status.open_transfers == 0
+            and status.kv_bytes_held == 0 and status.kv_bytes_lingering == 0)
+
+
+def rank_of(pid):
+    """The rank that mpirun gave a process; 0 where there is none. OSError where there is no such process."""
+    environment = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    rank = [e.split(b"=")[1] for e in environment if e.startswith(b"OMPI_COMM_WORLD_RANK=")]
+    return int(rank[0]) if rank else 0
+
+
 class Service:
     """A running `longfill serve`; a context manager that leaves no process behind."""
 
@@ -132,9 +164,7 @@ class Service:
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 if pathlib.Path(f"/proc/{pid}/exe").resolve().name == "longfill":
-                    environment = pathlib.Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                    rank = [e.split(b"=")[1] for e in environment if e.startswith(b"OMPI_COMM_WORLD_RANK=")]
-                    ranks[int(rank[0]) if rank else 0] = pid
+                    ranks[rank_of(pid)] = pid
         return [ranks[rank] for rank in sorted(ranks)]
 
 

@@ -4,8 +4,9 @@
     .venv/bin/python tests/golden/run_transformers.py --model DIR --tokens FILE.i32 --out golden.safetensors
 
 The file holds `layer.N.key` and `layer.N.value` (post-RoPE, F32 [kv_heads, tokens, head_dim]), `positions` (I64 [P]),
-`logits` (F32 [P, vocab]), and what the rotary embedding was built from: `rope.inv_freq` (F32 [head_dim / 2]) and
-`rope.attention_factor` (F32 [1], a factor on cos and sin). Weights are used as stored, widened to float32.
+`logits` (F32 [P, vocab]), and what the rotary embedding was built from: `rope.inv_freq` (F32 [rotary_dim / 2]) and
+`rope.attention_factor` (F32 [1], a factor on cos and sin), where the model has one for all layers. Weights are used
+as stored, widened to float32.
 """
 
 import argparse
@@ -27,6 +28,13 @@ def load_model(directory, dtype=torch.float32):
     return model.eval()
 
 
+def cache_layers(cache):
+    """(key, value) of each layer, as transformers 5 and 4 keep them."""
+    if hasattr(cache, "layers"):
+        return [(layer.keys, layer.values) for layer in cache.layers]
+    return list(zip(cache.key_cache, cache.value_cache))
+
+
 def prefill(model, tokens, positions):
     """Runs `tokens` through `model` once; returns the golden tensors by name. positions: where logits are wanted."""
     cache = DynamicCache()
@@ -36,10 +44,11 @@ def prefill(model, tokens, positions):
     golden = {
         "positions": torch.tensor(positions, dtype=torch.int64),
         "logits": logits,
-        "rope.inv_freq": model.model.rotary_emb.inv_freq,
-        "rope.attention_factor": torch.tensor([float(model.model.rotary_emb.attention_scaling)]),
     }
-    for layer, (key, value) in enumerate(zip(cache.key_cache, cache.value_cache)):
+    if hasattr(model.model, "rotary_emb"):  # version 4 keeps that of some families inside their layers
+        golden["rope.inv_freq"] = model.model.rotary_emb.inv_freq
+        golden["rope.attention_factor"] = torch.tensor([float(model.model.rotary_emb.attention_scaling)])
+    for layer, (key, value) in enumerate(cache_layers(cache)):
         golden[f"layer.{layer}.key"] = key[0]
         golden[f"layer.{layer}.value"] = value[0]
     return {name: tensor.contiguous() for name, tensor in golden.items()}

@@ -1,6 +1,7 @@
 """What a section of verify.py reports: one line for every check, and the same as JSON."""
 
 import json
+import math
 import threading
 import time
 
@@ -9,6 +10,14 @@ def _show(value):
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
+
+
+def error_ratio(error, reference):
+    """`error` in units of `reference`, the error that is allowed for. Infinity, which holds no bound, where either is none (null
+    in our JSON, NaN, infinity): max() and comparisons would let a NaN pass."""
+    if error is None or reference is None or not math.isfinite(error) or not math.isfinite(reference):
+        return math.inf
+    return error / max(reference, 1e-300)
 
 
 class Checks:
@@ -22,7 +31,8 @@ class Checks:
         self._lock = threading.Lock()
 
     def at_most(self, name, value, bound, note=""):
-        self._add(name, value, bound, "<=", value <= bound, note)
+        """Infinity is no bound: it comes of a reference that failed."""
+        self._add(name, value, bound, "<=", value <= bound < math.inf, note)
 
     def at_least(self, name, value, bound, note=""):
         self._add(name, value, bound, ">=", value >= bound, note)

@@ -1,7 +1,6 @@
 """Hugging Face transformers as the judge, of versions 4 and 5, on a GPU or on the CPU."""
 
 import json
-import math
 import pathlib
 import shutil
 import tempfile
@@ -9,6 +8,7 @@ import tempfile
 import numpy
 import torch
 import transformers
+from checks import error_ratio
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -26,7 +26,9 @@ def load_model(directory, dtype, device, attention="eager", **options):
 
 def load_golden_model(directory, golden, dtype, device):
     """The checkpoint of a golden case. Its scaled rotary frequencies come from the golden file: not every transformers
-    computes them, nor reads every spelling of config.json."""
+    computes them, nor reads every spelling of config.json. What only remote code reads is loaded in its native form."""
+    if json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"] == "chatglm":
+        directory = directory.parent / "glm-native"
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     parameters = config.pop("rope_parameters", None)
     if parameters is not None:
@@ -88,15 +90,15 @@ def step(model, cache, token):
 
 
 def norm_error(got, want):
-    """|got - want| over |want|, Euclidean, in float64."""
+    """|got - want| over |want|, Euclidean, in float64; infinity where that is no number."""
     want = numpy.asarray(want, dtype=numpy.float64)
-    return float(numpy.linalg.norm(got - want) / max(numpy.linalg.norm(want), 1e-300))
+    return error_ratio(float(numpy.linalg.norm(got - want)), float(numpy.linalg.norm(want)))
 
 
 def max_error(got, want):
-    """The largest difference over the largest value."""
+    """The largest difference over the largest value; infinity where that is no number."""
     want = numpy.asarray(want, dtype=numpy.float64)
-    return float(numpy.abs(got - want).max() / max(numpy.abs(want).max(), 1e-300))
+    return error_ratio(float(numpy.abs(got - want).max()), float(numpy.abs(want).max()))
 
 
 def log_softmax(logits):
@@ -109,10 +111,6 @@ def divergence(dense, sparse):
     """KL(dense || sparse), summed over the vocabulary, averaged over positions."""
     p, q = log_softmax(dense), log_softmax(sparse)
     return float((numpy.exp(p) * (p - q)).sum(axis=-1).mean())
-
-
-def finite(value):
-    return value is not None and math.isfinite(value)
 
 
 def free():

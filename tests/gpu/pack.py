@@ -45,8 +45,8 @@ class Pack:
         return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
     def command(self, program, *arguments, ranks=None):
-        """The command line; under mpirun with `ranks`, all of them on this machine's GPU."""
-        launch = [] if ranks is None else ["mpirun", "-np", str(ranks), "--oversubscribe"]
+        """The command line; under mpirun with `ranks`, which are dealt over this machine's GPUs."""
+        launch = [] if ranks is None else ["mpirun", "-np", str(ranks), "--oversubscribe", "--bind-to", "none"]
         return [*launch, str(self.path("programs", "run")), program, *map(str, arguments)]
 
     def run(self, program, *arguments, ranks=None, check=True, environment=None):
@@ -59,8 +59,8 @@ class Pack:
         return result
 
     def environment(self):
-        """Open MPI as root on one machine; where the tests of whole engines find their models."""
-        return dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+        """Open MPI as root on one machine; NCCL without multicast; where the tests of whole engines find their models."""
+        return dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", NCCL_NVLS_ENABLE="0",
                     LONGFILL_GOLDEN_DIR=str(self.root / "golden"))
 
     def use_python_packages(self):

@@ -1,6 +1,7 @@
 """`longfill bench prefill`: a million tokens of Llama-3-8B's shapes with published patterns and recorded selections."""
 
 import json
+import statistics
 
 PATTERNS = "Llama_3_8B_Instruct_262k_kv_out_v32_fit_o_best_pattern.json"
 GIB = 1 << 30
@@ -53,19 +54,21 @@ def check_case(pack, checks, name, options, small):
     checks.equal(f"{name}: KV checksums of all runs", len({tuple(f["kv_checksums"]) for f in copied}), 1,
                  f"{first['kv_bytes']} bytes, CRC-32C " + " ".join(f"{c:08x}" for c in first["kv_checksums"]))
     if pack.device == "cuda":
-        peak = max(f["peak_device_bytes"] for f in report["runs"])
-        error = max(abs(f["peak_device_bytes"] / f["planned_device_bytes"] - 1) for f in report["runs"])
-        checks.at_most(f"{name}: peak device memory, GiB", (peak + first["outside_device_bytes"]) / GIB, MAX_DEVICE_BYTES / GIB,
-                       f"{first['outside_device_bytes'] / GIB:.2f} of it context and libraries")
-        checks.at_most(f"{name}: peak against the plan, relative", error, MAX_PLAN_ERROR)
+        held = max(f["held_device_bytes"] for f in report["runs"])
+        outside = max(f["outside_device_bytes"] for f in report["runs"])
+        checks.at_most(f"{name}: peak device memory, GiB", (held + outside) / GIB, MAX_DEVICE_BYTES / GIB,
+                       f"held of the device; {outside / GIB:.2f} of it context and libraries")
+        for account in ("peak", "held"):  # what was allocated, and what the pool had of the device for it
+            error = max(abs(f[f"{account}_device_bytes"] / f["planned_device_bytes"] - 1) for f in report["runs"])
+            checks.at_most(f"{name}: {account} against the plan, relative", error, MAX_PLAN_ERROR)
     if small:
         checks.at_least(f"{name}: index, s a layer", layers, 0.0)
         return
     for part in ("attention", "gemm"):
         checks.at_most(f"{name}: {part}, slowed by the KV copy", report["kv_copy"][f"{part}_slowdown"], MAX_SLOWDOWN)
     if name == "sparse":
-        checks.at_most(f"{name}: index, s a layer", min(f["index_seconds_per_layer"] for f in report["runs"]),
-                       MAX_INDEX_SECONDS)
+        checks.at_most(f"{name}: index, s a layer, median of the runs",
+                       statistics.median(f["index_seconds_per_layer"] for f in report["runs"]), MAX_INDEX_SECONDS)
 
 
 def check_refusals(pack, checks):

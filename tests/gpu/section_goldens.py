@@ -9,6 +9,7 @@ import json
 import numpy
 import oracle
 import torch
+from checks import error_ratio
 
 REAL_MODELS = ("needle-20m", "SmolLM2-135M-Instruct")
 GPU_HEAD_DIMS = (64, 96, 128, 256)  # that attention on a GPU has kernels for
@@ -86,7 +87,7 @@ def check_real(pack, checks, directory, num_tokens):
 
 def worst_ratio(got, want, low, measure):
     """(error over that of `low`, name) of the tensor that comes closest to its bound, or goes furthest beyond."""
-    return max((measure(got[name], want[name]) / max(measure(low[name], want[name]), 1e-300), name) for name in low)
+    return max((error_ratio(measure(got[name], want[name]), measure(low[name], want[name])), name) for name in low)
 
 
 def token_ids(pack, directory, num_tokens):

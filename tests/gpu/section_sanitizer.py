@@ -63,6 +63,7 @@ def sanitize(pack, checks, tool, name, test_filter):
     if code is not None and not summaries:
         checks.fails(what, f"no summary, exit code {code}: {text[-300:]}")
         return
+    checks.at_least(f"{what}: tests that passed", passed, 1)
     checks.equal(f"{what}: errors", errors, 0, reports[0][:200] if reports else f"{passed} tests passed")
     checks.equal(f"{what}: tests that failed", len(failed), 0, ", ".join(failed[:3]))
 

@@ -1,22 +1,20 @@
 """The whole service on one GPU: two ranks give what one gives, and transformers goes on from the cache that a client fetched."""
 
-import contextlib
-import pathlib
-import signal
-import subprocess
-import tempfile
+import json
 import time
 
 import numpy
 import oracle
 import torch
-from pack import ProgramError, last_lines
+from checks import error_ratio
+from prompts import make_prompts
 from section_goldens import REAL_MODELS, prefill
-from section_needle import make_prompts
+from service import Service, check_reader
 
 NUM_NEW_TOKENS = 32
 NUM_POSITIONS = 32
 SPARSE = "vertical-slash:500,700"
+TIER_TOLERANCE = 1e-3  # the same kernels in another process; products may be picked otherwise
 MEMORY_LIMIT = "3GB"  # of a rank: takes 256K tokens of needle-20m on two ranks, not a million
 
 
@@ -28,11 +26,12 @@ def run(pack, checks, arguments):
     ids = make_prompts(pack, num_tokens - 1, 1, num_tokens)[0][1]
     noise = bfloat16_noise(pack, directory, ids)
     for attention in ("dense", SPARSE):
-        check_meshes(pack, checks, directory, ids, attention, noise)
+        check_meshes(pack, checks, directory, ids, attention, noise, [(2, "sequence=2"), (2, "head=2")])
     with Service(pack, directory, "--memory-limit", MEMORY_LIMIT) as service:
-        check_reader(pack, checks, service, num_long)
+        check_reader(pack, checks, service, num_long, "host")
         check_refusal(checks, service)
         check_continuation(pack, checks, service, name, ids)
+    check_tiers(pack, checks, directory, num_long)
     directory = pack.model(REAL_MODELS[1])
     if directory is not None:
         with Service(pack, directory) as service:
@@ -60,32 +59,45 @@ def bfloat16_noise(pack, directory, ids):
     return {name: oracle.norm_error(low[name], want[name]) for name in want}
 
 
-def check_meshes(pack, checks, directory, ids, attention, noise):
+def check_meshes(pack, checks, directory, ids, attention, noise, meshes):
+    """Logits, K and V of every (ranks, mesh) against one rank."""
     one, one_figures = prefill(pack, "one-rank", directory, ids, positions_of(ids), attention)
-    for mesh in ("sequence=2", "head=2"):
-        name = f"2 ranks, {mesh}, {attention}"
-        two, figures = prefill(pack, "two-ranks", directory, ids, positions_of(ids), attention, ranks=2, mesh=mesh)
-        checks.equal(f"{name}: ranks", figures["ranks"], 2)
-        worst = max((oracle.norm_error(two[t], one[t]) / noise[t], t) for t in one)
+    for ranks, mesh in meshes:
+        name = f"{ranks} ranks, {mesh}, {attention}"
+        all_ranks, figures = prefill(pack, "all-ranks", directory, ids, positions_of(ids), attention, ranks=ranks, mesh=mesh)
+        checks.equal(f"{name}: ranks", figures["ranks"], ranks, figures["communicator"])
+        worst = max((error_ratio(oracle.norm_error(all_ranks[t], one[t]), noise[t]), t) for t in one)
         checks.at_most(f"{name}: against 1 rank, times bfloat16's error", worst[0], 2.0, worst[1])
         pairs = abs(figures["covered_pairs"] - one_figures["covered_pairs"]) / one_figures["covered_pairs"]
         checks.at_most(f"{name}: covered pairs against 1 rank, relative", pairs, 0.0 if attention == "dense" else 1e-3)
 
 
-def check_reader(pack, checks, service, num_tokens):
-    """A reader that waits for every layer gets it while later ones compute."""
-    import longfill  # from the pack
+def tiers_of(pack, directory, num_tokens):
+    """--kv-memory of the service: every tier but the default, which the other checks use."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rank_tokens = num_tokens // 2 + 128
+    budget = 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim * rank_tokens * (
+        2 if pack.device == "cuda" else 4)
+    files = pack.work / "kv-files"
+    files.mkdir(exist_ok=True)
+    return ["pageable", f"file:{files}", f"device:{budget}", "reader:16777216"]
 
-    ids = make_prompts(pack, num_tokens, 1, num_tokens)[0][1]
-    with longfill.Client(service.target) as client:
-        result = client.prefill(ids, attention="vertical-slash:1000,6096", kv_dtype="bfloat16")
-    manifest, figures, transfer = result.manifest, result.figures, result.transfer
-    expected = 2 * manifest.num_layers * manifest.num_kv_heads * num_tokens * manifest.head_dim * 2
-    name = f"reader at {num_tokens} tokens"
-    checks.equal(f"{name}: bytes, every checksum right", transfer["bytes"], expected)
-    checks.at_most(f"{name}: first page, s after the start", transfer["first_page_seconds"], figures["seconds"],
-                   "before the prefill's end")
-    checks.info(f"{name}: last page, s after the start", transfer["last_page_seconds"], f"prefill {figures['seconds']:.2f} s")
+
+def check_tiers(pack, checks, directory, num_tokens):
+    """Wherever pages wait for their reader, the reader gets the same."""
+    expected = None
+    for tier in ["host", *tiers_of(pack, directory, num_tokens)]:
+        name = tier.split(":")[0]
+        with Service(pack, directory, "--kv-memory", tier) as service:
+            kv = check_reader(pack, checks, service, num_tokens, name)
+        if expected is None:
+            expected = kv
+            continue
+        worst = max(oracle.norm_error(a, b)
+                    for got, want in zip(kv, expected, strict=True) for a, b in zip(got, want))
+        checks.at_most(f"tier {name} at {num_tokens} tokens: K and V against tier host, norm", worst, TIER_TOLERANCE)
 
 
 def check_refusal(checks, service):
@@ -125,7 +137,7 @@ def check_continuation(pack, checks, service, name, ids):
     oracle.free()
 
     checks.at_most(f"{name}: continued logits, norm, times bfloat16's error",
-                   oracle.norm_error(ours, exact) / oracle.norm_error(alone, exact), 2.0)
+                   error_ratio(oracle.norm_error(ours, exact), oracle.norm_error(alone, exact)), 2.0)
     picked = ours.argmax(axis=-1)
     parted = numpy.flatnonzero(picked != tokens)
     equal = int(parted[0]) if parted.size else NUM_NEW_TOKENS
@@ -155,40 +167,3 @@ def follow(model, cache, first_logits, tokens):
     for token in tokens[:-1]:
         logits.append(oracle.step(model, cache, int(token)))
     return numpy.stack(logits)
-
-
-class Service:
-    """`longfill serve` on two ranks of one GPU."""
-
-    def __init__(self, pack, model, *options):
-        self._pack = pack
-        self._command = pack.command("longfill", "serve", "--model", model, "--device", pack.device, "--listen", "127.0.0.1:0",
-                                     *options, ranks=2)
-        self.target = None
-
-    def __enter__(self):
-        self._folder = pathlib.Path(tempfile.mkdtemp(dir=self._pack.work))
-        with open(self._folder / "out", "wb") as out, open(self._folder / "err", "wb") as err:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                             env=self._pack.environment())
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and self._process.poll() is None:
-            for line in (self._folder / "out").read_text(encoding="utf-8").splitlines():
-                if "longfill: serving on " in line:
-                    self.target = line.split("longfill: serving on ")[1].strip()
-                    return self
-            time.sleep(0.1)
-        self.__exit__()
-        raise ProgramError(f"the service did not start: {last_lines((self._folder / 'err').read_text(encoding='utf-8'))}")
-
-    def __exit__(self, *_):
-        # The ranks themselves, so that they drain: mpirun kills them a second after it got the signal.
-        children = pathlib.Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        with contextlib.suppress(OSError):
-            for pid in children.read_text().split():
-                subprocess.run(["kill", "-TERM", pid], check=False)
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.send_signal(signal.SIGTERM)
-            self._process.wait(30)

@@ -7,10 +7,11 @@
 
 One line a check: outcome, section, what, measured value, bound. A section runs in a process of its own under its own time
 limit (seconds); what it had reported before it was cut off counts. The last lines are a summary. Exit code 0: no check
-failed and no section was cut off; checks that could not run here, for want of something in the pack, are counted apart.
+failed, no section was cut off and, but for --allow-not-run, every check ran: those that did not are listed with the reason.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -26,14 +27,19 @@ from checks import Checks
 from pack import Pack, ProgramError
 
 # Section (module section_NAME) -> time limit in seconds.
-SECTIONS = {"contract": 400, "sanitizer": 500, "goldens": 300, "needle": 570, "bench": 570, "service": 300}
+SECTIONS = {"contract": 400, "sanitizer": 500, "goldens": 300, "needle": 570, "spread": 400, "bench": 570, "service": 300,
+            "attention": 570}
+# Of several GPUs (multi_gpu.sh), in 8 minutes.
+RANKS_SECTIONS = {"nccl": 150, "meshes": 115, "scaling": 140, "readers": 30, "ranklost": 45}
 GRACE_SECONDS = 10
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=pathlib.Path, required=True, help="the folder that pack.sh made")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)} (default: all)")
+    parser.add_argument("--sections", default=",".join(SECTIONS),
+                        help=f"some of {','.join(SECTIONS)} (default: all); for several GPUs {','.join(RANKS_SECTIONS)}")
+    parser.add_argument("--ranks", type=int, default=2, help="of the sections for several GPUs, one rank on each (default: 2)")
     parser.add_argument("--limit", action="append", default=[], metavar="SECTION=SECONDS", help="another time limit")
     parser.add_argument("--out", type=pathlib.Path, help="all checks as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -43,22 +49,29 @@ def parse_arguments():
     parser.add_argument("--racecheck-filter", help="gtest filter of racecheck (default: in section_sanitizer.py)")
     parser.add_argument("--goldens", metavar="NAME,...", help="some models only: folders of golden/ and models/")
     parser.add_argument("--needle", metavar="TOKENS=PROMPTS,...", help="lengths and prompts of the section needle")
+    parser.add_argument("--spread", metavar="TOKENS=PROMPTS,...", help="lengths and prompts of the section spread")
     parser.add_argument("--budgets", metavar="V/S,...", default="1000/6096,3500/100,500/700")
+    parser.add_argument("--coverage", metavar="COVERAGE,...", default="tiles",
+                        help="of the sparse runs of the section needle: tiles (default), parity (the published kernels'), or both")
     parser.add_argument("--two-dense", metavar="TOKENS,...",
                         help="lengths at which torch's dense attention runs too, for the second bound on KL")
     parser.add_argument("--bench", metavar="CASE,...", help="some cases of the section bench only (section_bench.py)")
     parser.add_argument("--bench-repeat", type=int, help="runs with and without the KV copy (default: sparse 1, dense 2)")
+    parser.add_argument("--attention", metavar="PART,...", help="some parts of the section attention (section_attention.py)")
+    parser.add_argument("--reference-tflops", type=float, help="R of the section attention (default: its part peers measures it)")
+    parser.add_argument("--figures", type=pathlib.Path, help="all figures of the section attention as JSON")
+    parser.add_argument("--allow-not-run", action="store_true", help="exit code 0 although some checks did not run")
     parser.add_argument("--section", help=argparse.SUPPRESS)  # this process is that section
     parser.add_argument("--lines", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.sections = arguments.sections.split(",")
-    unknown = sorted(set(arguments.sections) - set(SECTIONS))
+    limits = SECTIONS | RANKS_SECTIONS
+    unknown = sorted(set(arguments.sections) - set(limits))
     if unknown:
-        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    limits = dict(SECTIONS)
+        parser.error(f"no such section: {', '.join(unknown)}; there are {', '.join(limits)}")
     for text in arguments.limit:
         name, _, seconds = text.partition("=")
-        if name not in SECTIONS or not seconds.isdigit():
+        if name not in limits or not seconds.isdigit():
             parser.error(f"--limit {text}: expected SECTION=SECONDS")
         limits[name] = int(seconds)
     arguments.limits = limits
@@ -88,19 +101,50 @@ def start_section(name, arguments, lines):
         except subprocess.TimeoutExpired:
             return f"cut off after {arguments.limits[name]} s"
         finally:
-            end_group(process)
+            end_section(process)
 
 
-def end_group(process):
-    """Ends the section with all that it started. mpirun passes SIGTERM on to its ranks; SIGKILL would leave them."""
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, 0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.1)
+def live_processes():
+    """{process id: (parent, session, start time)} of all that live. Start times tell a process from a later one of its number."""
+    found = {}
+    for entry in pathlib.Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+                if fields[0] not in "ZX":
+                    found[int(entry.name)] = (int(fields[1]), int(fields[3]), int(fields[19]))
+    return found
+
+
+def section_processes(leader, known=()):
+    """{process id: start time} of what a section (`leader` of its session) started and lives: its session, where ranks stay
+    whose mpirun is gone, what comes of these or of `known` in sessions of its own, and `known` itself."""
+    live = live_processes()
+    known = dict(known)
+    found = {pid: start for pid, (_, session, start) in live.items() if session == leader or known.get(pid) == start}
+    while True:
+        more = {pid: start for pid, (parent, _, start) in live.items() if pid not in found and parent in found}
+        if not more:
+            return found
+        found |= more
+
+
+def end_section(process):
+    """Ends the section with all that it started, ranks included. SIGTERM goes to its process group and to sessions that it began,
+    and mpirun passes it on to its ranks; SIGKILL to what is left after GRACE_SECONDS."""
+    remaining = section_processes(process.pid)
+    for pid in remaining:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == process.pid or os.getsid(pid) == pid:
+                os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while remaining and time.monotonic() < deadline:
+        time.sleep(0.1)
+        process.poll()
+        remaining = section_processes(process.pid, remaining)
+    for pid in remaining:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def describe_machine(device):
@@ -115,7 +159,7 @@ def describe_machine(device):
         return f"nvidia-smi: {error}"
 
 
-def summarise(records, ends, seconds):
+def summarise(records, ends, seconds, allow_not_run):
     """The last lines; returns the exit code."""
     print()
     failed = False
@@ -129,6 +173,9 @@ def summarise(records, ends, seconds):
         if record["outcome"] == "FAIL":
             print(f"  {record['section']}: {record['check']}: {record['value']} {record['relation']} {record['bound']} "
                   f"{record['note']}".rstrip())
+        elif record["outcome"] == "not run":
+            print(f"  {record['section']}: {record['check']}: not run: {record['note']}")
+            failed = failed or not allow_not_run
     passed = sum(r["outcome"] == "pass" for r in records)
     checked = sum(r["outcome"] in ("pass", "FAIL") for r in records)
     print(f"{'FAIL' if failed else 'pass':7s} {passed} of {checked} checks passed, {sum(seconds.values()):.0f} s")
@@ -154,7 +201,7 @@ def main():
             if arguments.out:
                 report = {"machine": machine, "device": arguments.device, "ended": ends, "seconds": seconds, "checks": records}
                 arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return summarise(records, ends, seconds)
+    return summarise(records, ends, seconds, arguments.allow_not_run)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 // What every Communicator promises while nothing fails; run in process and under mpirun, for host memory and,
-// staged in slices so small that most calls take several, for memory of a device.
+// staged in slices so small that most calls take several, for memory of a device; and over NCCL.
 
 #include <cstring>
 #include <numeric>
@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "parallel/staged_communicator.h"
 #include "tests/multirank/device_communicator.h"
 #include "tests/multirank/rank_backend.h"
 #include "tests/testing/status_matchers.h"
@@ -30,9 +29,9 @@ class CommunicatorContract : public RankBackendTest {
   void OnEveryRank(int size, const std::function<void(Communicator& world)>& body) {
     longfill::OnEveryRank(size, [&](Communicator& host) {
       LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), host.rank()));
-      LF_ASSERT_OK_AND_ASSIGN(auto staged, CreateStagedCommunicator(host, *backend, kSliceBytes));
+      LF_ASSERT_OK_AND_ASSIGN(auto device, DeviceWorld(GetParam(), host, *backend, kSliceBytes));
       if (on_cpu()) return body(host);
-      DeviceCommunicator world(std::move(staged), *backend);
+      DeviceCommunicator world(std::move(device), *backend);
       body(world);
     });
   }
@@ -73,8 +72,19 @@ TEST_P(CommunicatorContract, AllGatherPlacesUnevenAndEmptyPiecesInRankOrder) {
   }
 }
 
-TEST_P(CommunicatorContract, FloatSumsAreFormedInRankOrder) {
+TEST_P(CommunicatorContract, FloatSumsAreFormedInRankOrderOrRefused) {
   for (const int size : Sizes()) {
+    if (over_nccl()) {
+      OnEveryRank(size, [](Communicator& world) {
+        for (const ReduceType type : {ReduceType::kFloat32, ReduceType::kFloat64}) {
+          std::vector<double> data(4, 1.0);
+          EXPECT_THAT(world.AllReduce(data.data(), 4, type, ReduceOp::kSum, g_stream),
+                      StatusIs(absl::StatusCode::kUnimplemented, testing::HasSubstr("float sums")));
+        }
+        LF_EXPECT_OK(world.Barrier(g_stream)) << "the group stays usable";
+      });
+      continue;
+    }
     OnEveryRank(size, [&](Communicator& world) {
       for (const int64_t count : {0, 1, 2, 7, 1000, 100003}) {
         const auto value = [](int rank, int64_t i) {

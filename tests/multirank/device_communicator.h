@@ -56,6 +56,7 @@ class DeviceCommunicator final : public Communicator {
     return std::make_unique<DeviceCommunicator>(std::move(part), backend_);
   }
   void Abort(const absl::Status& reason) override { device_->Abort(reason); }
+  absl::Status Health() override { return device_->Health(); }
   int64_t bytes_sent() const override { return device_->bytes_sent(); }
   double seconds() const override { return device_->seconds(); }
 

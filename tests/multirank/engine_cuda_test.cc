@@ -1,14 +1,16 @@
-// Whole models on a GPU against transformers' fp32 results, and ranks that share the GPU against one rank.
-// Skips where there is none.
+// Whole models on a GPU against transformers' fp32 results, and ranks that share the GPU, or have one each,
+// against one rank. Skips where there is none.
 
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "models/safetensors.h"
 #include "runtime/kv/kv_discard_sink.h"
 #include "tests/multirank/engine_group.h"
+#include "tests/multirank/nccl_ranks.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/models/test_files.h"
 
@@ -33,6 +35,7 @@ class EngineOnCuda : public testing::Test {
     return {.model_dir = model_dir,
             .mesh = mesh,
             .device = DeviceKind::kCuda,
+            .ordinal = 0,
             .kv_export = {.num_buffers = 2, .buffer_bytes = 64 << 10},
             .memory_limit_bytes = 0};
   }
@@ -110,18 +113,22 @@ TEST_F(EngineOnCuda, OrdinalThatIsNotThereIsNamed) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("99")));
 }
 
-// Rows of a GEMM may round otherwise in another number of rows, and a selection at its cut with them.
-TEST_F(EngineOnCuda, RanksThatShareTheGpuGiveWhatOneRankGives) {
-  const std::string model = GoldenModel("llama-gqa7-tied");
+// Every mesh gives what the first one, of one rank, gives. Rows of a GEMM may round otherwise in another
+// number of rows, and a selection at its cut with them.
+void ExpectEqualMeshes(GroupOptions options, const std::vector<Mesh>& meshes,
+                       const std::string& communicator) {
+  const std::string& model = options.model_dir;
   LF_ASSERT_OK_AND_ASSIGN(const ModelConfig config, LoadModelConfig(model));
   const int64_t num_tokens = std::min<int64_t>(config.max_position_embeddings, 500);
-  for (const char* attention : {"dense", "a-shape:7,70", "vertical-slash:40,120", "block-sparse:3"}) {
+  for (const char* attention :
+       {"dense", "a-shape:7,70", "vertical-slash:40,120", "block-sparse:3", "block-share:3,0.1"}) {
     std::vector<float> logits;
     PromptKv kv;
-    for (const Mesh& mesh : {Mesh{1, 1}, Mesh{2, 1}, Mesh{1, 2}}) {
+    for (const Mesh& mesh : meshes) {
       SCOPED_TRACE(absl::StrCat(attention, ", ", ToString(mesh)));
       Recorder recorder;
-      const auto served = WithEngine(Options(model, mesh), recorder, [&](PrefillEngine& engine) {
+      options.mesh = mesh;
+      const auto served = WithEngine(options, recorder, [&](PrefillEngine& engine) {
         PrefillRequest request =
             MakeRequest("shared", RandomIds(num_tokens, config.vocab_size, 3), attention);
         request.logits_positions = {num_tokens - 1, 0, num_tokens / 2};
@@ -138,6 +145,7 @@ TEST_F(EngineOnCuda, RanksThatShareTheGpuGiveWhatOneRankGives) {
           kv = got;
           return;
         }
+        EXPECT_EQ(result.figures.communicator, communicator);
         ExpectNear(result.logits, logits, kLogitsTolerance, "logits");
         for (int64_t layer = 0; layer < kv.num_layers; ++layer) {
           ExpectNear(LayerOf(got, got.key, layer), LayerOf(kv, kv.key, layer), kKvTolerance, "key");
@@ -148,6 +156,39 @@ TEST_F(EngineOnCuda, RanksThatShareTheGpuGiveWhatOneRankGives) {
       for (const absl::Status& status : served) LF_EXPECT_OK(status);
     }
   }
+}
+
+TEST_F(EngineOnCuda, RanksThatShareTheGpuGiveWhatOneRankGives) {
+  ExpectEqualMeshes(Options(GoldenModel("llama-gqa7-tied"), {}), {{1, 1}, {2, 1}, {1, 2}},
+                    "staged in-process");
+}
+
+TEST_F(EngineOnCuda, RanksWithAGpuEachGiveWhatOneRankGivesOverNccl) {
+  if (const absl::Status status = CheckNcclRanks(2); !status.ok()) GTEST_SKIP() << status.message();
+  GroupOptions options = Options(GoldenModel("llama-gqa7-tied"), {});
+  options.ordinal = -1;
+  options.communicator = {CommunicatorKind::kNccl, NcclTestOptions()};
+  std::vector<Mesh> meshes{{1, 1}, {2, 1}, {1, 2}};
+  for (int ranks = 4; CheckNcclRanks(ranks).ok() && ranks <= 8; ranks *= 2) {
+    meshes.insert(meshes.end(), {{ranks, 1}, {1, ranks}, {2, ranks / 2}});
+  }
+  ExpectEqualMeshes(options, meshes, "nccl");
+}
+
+TEST_F(EngineOnCuda, NcclIsRefusedForRanksThatShareAGpu) {
+  const auto hosts = CreateInProcessCommunicators(2, {.timeout = std::chrono::seconds(60)});
+  const auto create = [&](int rank) {
+    EXPECT_THAT(
+        PrefillEngine::Create({.model_dir = GoldenModel("llama-gqa7-tied"),
+                               .mesh = {2, 1},
+                               .device = {.kind = DeviceKind::kCuda, .ordinal = 0, .ranks_on_host = 2},
+                               .communicator = {.kind = CommunicatorKind::kNccl}},
+                              *hosts[rank]),
+        StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("NCCL cannot be used")));
+  };
+  std::thread other(create, 1);
+  create(0);
+  other.join();
 }
 
 // A sink that fails or stops does so from the exporter's thread, and the engine goes on to the next prompt.

@@ -141,15 +141,18 @@ std::vector<absl::Status> WithEngine(const GroupOptions& options, Recorder& reco
   std::vector<absl::Status> served(size - 1);
   const auto play = [&](Communicator& world) {
     const int rank = world.rank();
-    LF_ASSERT_OK_AND_ASSIGN(
-        const auto engine,
-        PrefillEngine::Create({.model_dir = options.model_dir,
-                               .mesh = options.mesh,
-                               .device = {.kind = options.device, .ranks_on_host = size, .local_rank = rank},
-                               .attention = options.attention,
-                               .kv_export = options.kv_export,
-                               .memory_limit_bytes = options.memory_limit_bytes},
-                              world));
+    LF_ASSERT_OK_AND_ASSIGN(const auto engine,
+                            PrefillEngine::Create({.model_dir = options.model_dir,
+                                                   .mesh = options.mesh,
+                                                   .device = {.kind = options.device,
+                                                              .ordinal = options.ordinal,
+                                                              .ranks_on_host = size,
+                                                              .local_rank = rank},
+                                                   .communicator = options.communicator,
+                                                   .attention = options.attention,
+                                                   .kv_export = options.kv_export,
+                                                   .memory_limit_bytes = options.memory_limit_bytes},
+                                                  world));
     if (rank == 0) {
       rank0(*engine);
       LF_EXPECT_OK(engine->Shutdown());

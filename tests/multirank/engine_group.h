@@ -61,6 +61,8 @@ struct GroupOptions {
   std::string model_dir;
   Mesh mesh;
   DeviceKind device = DeviceKind::kCpu;
+  int ordinal = -1;  // of the GPU of all ranks; -1: they are dealt over those that there are
+  DeviceCommunicatorOptions communicator;
   AttentionDefaults attention;
   KvExportOptions kv_export;
   std::chrono::milliseconds timeout{60000};

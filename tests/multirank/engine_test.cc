@@ -37,9 +37,13 @@ constexpr Attention kAttentions[] = {
     {"vertical-slash:40,120", Coverage::kParity},
     {"block-sparse:3", Coverage::kTiles},
     {"block-sparse:3", Coverage::kParity},
+    {"block-share:3,0.3", Coverage::kTiles},
 };
-constexpr const char* kModels[] = {"llama-gqa4", "llama-gqa7-tied", "llama-mha-tied-fp16",
-                                   "llama-all-biases-fp32"};
+constexpr const char* kModels[] = {"llama-gqa4",          "llama-gqa7-tied",
+                                   "llama-mha-tied-fp16", "llama-all-biases-fp32",
+                                   "mistral-window",      "qwen2-window-of-upper-layers",
+                                   "phi3-su-window",      "qwen3-tied",
+                                   "glm-native"};
 
 std::vector<Mesh> AllMeshes() {
   std::vector<Mesh> meshes;

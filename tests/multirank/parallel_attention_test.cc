@@ -6,6 +6,7 @@
 
 #include "kernels/cpu/oracle/oracle.h"
 #include "parallel/sparse_index_builder.h"
+#include "tests/multirank/dual_chunk_prompt.h"
 #include "tests/multirank/prompt.h"
 #include "tests/multirank/rank_backend.h"
 #include "tests/testing/status_matchers.h"
@@ -27,18 +28,19 @@ struct Outcome {
 absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& host, const Prompt& prompt,
                                  const Mesh& mesh, std::span<const HeadPattern> patterns,
                                  const std::function<bool()>& should_stop = {},
-                                 int64_t predicted_over_real_pairs = 1) {
+                                 int64_t predicted_over_real_pairs = 1, int64_t round_bytes = 0) {
   const ShardPlan plan(mesh, prompt.num_tokens);
   LF_ASSIGN_OR_RETURN(const auto backend, RankBackend(backend_name, host.rank()));
-  LF_ASSIGN_OR_RETURN(const auto world, CreateStagedCommunicator(host, *backend));
+  LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *backend));
   const RankPrompt mine(prompt, plan, host.rank(), *backend);
   Outcome outcome;
   LF_ASSIGN_OR_RETURN(SparseIndexBuilder builder,
                       SparseIndexBuilder::Create(*backend, *world, prompt.geometry, Coverage::kTiles));
-  LF_ASSIGN_OR_RETURN(const LayerIndex index,
-                      builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns));
+  LF_ASSIGN_OR_RETURN(const LayerIndex index, builder.Build(plan, mine.View(mine.q), mine.View(mine.k),
+                                                            patterns, prompt.query_rotary));
   LF_ASSIGN_OR_RETURN(const auto attention,
-                      ParallelAttention::Create(*backend, *world, mesh, prompt.geometry));
+                      ParallelAttention::Create(*backend, *world, mesh, prompt.geometry,
+                                                {.round_bytes = round_bytes, .ctas_beside_exchange = 3}));
   const Buffer out =
       mine.Upload(std::vector<float>(mine.num_rows * prompt.geometry.num_q_heads * mine.width, NAN));
   ParallelAttentionParams params;
@@ -49,6 +51,7 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
   std::vector<PairCounts> predicted = index.pairs;
   for (PairCounts& pairs : predicted) pairs.covered *= predicted_over_real_pairs;
   params.pairs = predicted;
+  params.query_rotary = prompt.query_rotary;
   params.out = out.data();
   params.should_stop = should_stop;
   MemoryResource& memory = backend->memory();
@@ -56,10 +59,11 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
   memory.ResetPeak();
   LF_ASSIGN_OR_RETURN(outcome.stats, attention->Run(plan, params));
   EXPECT_EQ(memory.peak_bytes() - before,
-            ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan));
+            ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan, round_bytes));
   EXPECT_EQ(memory.bytes_in_use(), before);
   EXPECT_GE(outcome.stats.attention_seconds, 0);
   EXPECT_GE(outcome.stats.communication_seconds, 0);
+  EXPECT_GE(outcome.stats.exposed_seconds, 0);
   outcome.out = mine.Download(out);
   outcome.pairs = index.pairs;
   for (const IndexView& view : index.heads) {
@@ -84,10 +88,13 @@ class ParallelAttentionTest : public RankBackendTest {
     return largest / (1 << 8);
   }
 
-  void ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns);
+  // round_bytes: of ParallelAttentionOptions, on the meshes.
+  void ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
+                           int64_t round_bytes = 0);
 };
 
-void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns) {
+void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
+                                                int64_t round_bytes) {
   LF_ASSERT_OK_AND_ASSIGN(const Outcome expected, AttendAlone(prompt, patterns));
   int64_t all_pairs = 0;
   for (const PairCounts& pairs : expected.pairs) all_pairs += pairs.covered;
@@ -99,7 +106,8 @@ void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<
       OnEveryRank(size, [&](Communicator& world) {
         SCOPED_TRACE(testing::Message()
                      << prompt.num_tokens << " tokens, mesh " << ToString(mesh) << ", rank " << world.rank());
-        LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendOn(GetParam(), world, prompt, mesh, patterns));
+        LF_ASSERT_OK_AND_ASSIGN(const Outcome got,
+                                AttendOn(GetParam(), world, prompt, mesh, patterns, {}, 1, round_bytes));
         double worst = 0;
         int64_t worst_at = 0;
         for (int64_t row = 0; row < plan.NumTokens(world.rank()); ++row) {
@@ -124,7 +132,8 @@ void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<
 }
 
 TEST_P(ParallelAttentionTest, EqualsOneRankForEveryPatternAndMesh) {
-  const HeadPattern kinds[] = {Dense{}, AShape{7, 70}, VerticalSlash{40, 120}, BlockSparse{3}};
+  const HeadPattern kinds[] = {Dense{}, AShape{7, 70}, VerticalSlash{40, 120}, BlockSparse{3},
+                               BlockShare{3, 0.1}};
   uint32_t seed = 10;
   for (const int64_t num_tokens : {1, 129, 1337}) {
     for (const HeadPattern& pattern : kinds) {
@@ -132,6 +141,14 @@ TEST_P(ParallelAttentionTest, EqualsOneRankForEveryPatternAndMesh) {
       ExpectEqualsOneRank(prompt, std::vector<HeadPattern>(4, pattern));
     }
   }
+}
+
+// Of which one is exchanged while another computes; a rank may have nothing to do in some.
+TEST_P(ParallelAttentionTest, EqualsOneRankInRoundsOfOneKvHead) {
+  const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 60}, AShape{7, 70}};
+  std::vector<HeadPattern> patterns;
+  for (size_t h = 0; h < 10; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
+  ExpectEqualsOneRank(Prompt(MakeGeometry(10, 5), 700, 21), patterns, /*round_bytes=*/1);
 }
 
 TEST_P(ParallelAttentionTest, EqualsOneRankForMixedPatternsAndEveryHeadRatio) {
@@ -169,6 +186,74 @@ TEST_P(ParallelAttentionTest, AgreesWithTheDefinitionInFp64) {
                   on_gpu() ? Tolerance(prompt) : 1e-5)
           << "token " << row << " element " << i;
     }
+  }
+}
+
+// What each chunk's index of a head covers for the rows of that chunk.
+oracle::Mask MaskOfChunks(const Outcome& outcome, const Prompt& prompt, const HeadPattern& pattern,
+                          int64_t head) {
+  if (std::holds_alternative<Dense>(pattern)) return oracle::DenseMask(prompt.num_tokens);
+  if (const auto* a_shape = std::get_if<AShape>(&pattern))
+    return oracle::AShapeMask(*a_shape, prompt.num_tokens);
+  const DualChunk& dual_chunk = prompt.geometry.dual_chunk;
+  oracle::Mask all(prompt.num_tokens, prompt.num_tokens);
+  for (int64_t chunk = 0; chunk < dual_chunk.NumChunks(prompt.num_tokens); ++chunk) {
+    const auto& lines =
+        std::get<DiagonalColumnIndex>(outcome.index[chunk * prompt.geometry.num_q_heads + head]);
+    const TokenRange rows = dual_chunk.Tokens(chunk, prompt.num_tokens);
+    const oracle::Mask mask = oracle::TilesMask(lines.columns, lines.distances, rows.end);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      for (int64_t key = 0; key <= row; ++key) {
+        if (mask.At(row, key)) all.Set(row, key);
+      }
+    }
+  }
+  return all;
+}
+
+TEST_P(ParallelAttentionTest, DualChunksAgreeWithTheDefinitionInFp64) {
+  const std::vector<HeadPattern> patterns{Dense{}, AShape{20, 150}, VerticalSlash{40, 110}};
+  const auto heads = static_cast<int64_t>(patterns.size());
+  uint32_t seed = 40;
+  for (const DualChunk& dual_chunk : kDualChunks) {
+    for (const int64_t num_tokens : {128, 129, 257, 700}) {
+      SCOPED_TRACE(testing::Message() << num_tokens << " tokens in chunks of " << dual_chunk.chunk_size
+                                      << " less " << dual_chunk.local_size);
+      const DualChunkPrompt prompt(MakeGeometry(heads, 1), dual_chunk, num_tokens, ++seed);
+      LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendAlone(prompt, patterns));
+      std::vector<oracle::Mask> masks;
+      masks.reserve(patterns.size());
+      std::vector<const oracle::Mask*> mask_of;
+      for (int64_t head = 0; head < heads; ++head)
+        masks.push_back(MaskOfChunks(got, prompt, patterns[head], head));
+      int64_t pairs = 0;
+      for (int64_t head = 0; head < heads; ++head) {
+        mask_of.push_back(&masks[head]);
+        EXPECT_EQ(got.pairs[head].covered, masks[head].CountPairs()) << "head " << head;
+        pairs += masks[head].CountPairs();
+      }
+      EXPECT_EQ(got.stats.covered_pairs, pairs);
+      const auto expected = oracle::DualChunkAttention(prompt.OracleInput(), mask_of);
+      const int64_t dim = prompt.geometry.head_dim;
+      for (int64_t row = 0; row < num_tokens; ++row) {
+        for (int64_t i = 0; i < heads * dim; ++i) {
+          ASSERT_NEAR(got.out[row * heads * dim + i],
+                      expected.out[(i / dim * num_tokens + row) * dim + i % dim],
+                      on_gpu() ? 2 * Tolerance(prompt) : 2e-5)
+              << "token " << row << " element " << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ParallelAttentionTest, DualChunksEqualOneRankOnEveryMesh) {
+  const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 110}, AShape{7, 70}};
+  std::vector<HeadPattern> patterns;
+  for (size_t h = 0; h < 6; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
+  uint32_t seed = 50;
+  for (const int64_t round_bytes : {0, 1}) {
+    ExpectEqualsOneRank(DualChunkPrompt(MakeGeometry(6, 3), {448, 64}, 1000, ++seed), patterns, round_bytes);
   }
 }
 

@@ -37,6 +37,7 @@ struct Prompt {
   AttentionGeometry geometry;
   int64_t num_tokens = 0;
   std::vector<float> q, k, v;  // [heads, num_tokens, head_dim], values that bfloat16 holds exactly
+  RotaryParams query_rotary;   // where dual chunks split it
 
  private:
   static void Round(std::vector<float>* values) {

@@ -4,6 +4,8 @@
 #include <map>
 #include <mutex>
 
+#include "parallel/staged_communicator.h"
+#include "tests/multirank/nccl_ranks.h"
 #include "tests/testing/guarded_backend.h"
 #include "tests/testing/status_matchers.h"
 
@@ -39,7 +41,9 @@ SparseIndex DownloadBlocks(Backend& backend, const IndexView& view, int64_t num_
   BlockListIndex index{.row_offsets = {0}};
   if (view.row_offsets != nullptr) {
     index.row_offsets = Download(backend, view.row_offsets, num_row_blocks + 1);
-    index.key_blocks = Download(backend, view.key_blocks, index.row_offsets.back());
+    const int64_t first = index.row_offsets.front();  // lists of several heads may lie in one array
+    index.key_blocks = Download(backend, view.key_blocks + first, index.row_offsets.back() - first);
+    for (int64_t& offset : index.row_offsets) offset -= first;
     return index;
   }
   const auto padded = Download(backend, view.key_blocks, num_row_blocks * view.row_length);
@@ -55,8 +59,15 @@ SparseIndex DownloadBlocks(Backend& backend, const IndexView& view, int64_t num_
 
 absl::StatusOr<std::shared_ptr<Backend>> RankBackend(const std::string& name, int rank, int64_t limit_bytes) {
   if (name == "cuda_bfloat16") return GpuBackend(rank);
-  return std::shared_ptr<Backend>(name == "guarded" ? CreateGuardedBackend(limit_bytes)
+  if (name == "nccl") return NcclRankBackend(rank);
+  return std::shared_ptr<Backend>(name == "guarded" ? CreateGuardedBackend({.limit_bytes = limit_bytes})
                                                     : CreateLimitedCpuBackend(limit_bytes));
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> DeviceWorld(const std::string& name, Communicator& host,
+                                                          Backend& backend, int64_t slice_bytes) {
+  if (name == "nccl") return CreateNcclCommunicator(host, backend, NcclTestOptions());
+  return CreateStagedCommunicator(host, backend, slice_bytes);
 }
 
 SparseIndex DownloadIndex(Backend& backend, const IndexView& view, int64_t num_tokens) {
@@ -77,12 +88,19 @@ void RankBackendTest::SetUp() {
   if (const auto backend = RankBackend(GetParam(), 0); !backend.ok()) {
     GTEST_SKIP() << GetParam() << ": " << backend.status().message();
   }
+  if (over_nccl()) {
+    // Several in-process sizes can be played where two ranks can; the one size of mpirun has to be.
+    const std::vector<int> sizes = GroupSizes();
+    const absl::Status status = CheckNcclRanks(sizes.size() == 1 ? sizes[0] : 2);
+    if (!status.ok()) GTEST_SKIP() << GetParam() << ": " << status.message();
+  }
 }
 
 std::vector<int> RankBackendTest::Sizes() const {
   std::vector<int> sizes;
   for (const int size : GroupSizes()) {
-    if (on_cpu() || size <= 4) sizes.push_back(size);
+    const bool playable = over_nccl() ? CheckNcclRanks(size).ok() : on_cpu() || size <= 4;
+    if (playable) sizes.push_back(size);
   }
   return sizes;
 }

@@ -9,8 +9,10 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/oracle/oracle.h"
 #include "kernels/sparse/coverage.h"
+#include "tests/multirank/dual_chunk_prompt.h"
 #include "tests/multirank/prompt.h"
 #include "tests/multirank/rank_backend.h"
+#include "tests/testing/sanitized.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -22,9 +24,16 @@ constexpr int64_t kLengths[] = {0, 1, 5, 63, 64, 65, 127, 128, 129, 300, 1000, 1
 constexpr int64_t kFewLengths[] = {0, 65, 300, 1337};
 
 std::vector<HeadPattern> MixedPatterns(int64_t num_heads) {
-  const std::vector<HeadPattern> kinds{
-      VerticalSlash{40, 120}, BlockSparse{3}, VerticalSlash{1000, 6096}, Dense{}, VerticalSlash{0, 5},
-      BlockSparse{100},       AShape{4, 100}};
+  const std::vector<HeadPattern> kinds{VerticalSlash{40, 120},
+                                       BlockSparse{3},
+                                       VerticalSlash{1000, 6096},
+                                       BlockShare{4, 0.1},
+                                       Dense{},
+                                       BlockShare{2, 0.05},
+                                       VerticalSlash{0, 5},
+                                       BlockShare{2, 0.3},
+                                       BlockSparse{100},
+                                       AShape{4, 100}};
   std::vector<HeadPattern> patterns;
   for (int64_t h = 0; h < num_heads; ++h) patterns.push_back(kinds[h % kinds.size()]);
   return patterns;
@@ -37,13 +46,23 @@ struct HostLayer {
 };
 
 void CheckLayer(const LayerIndex& layer, const HostLayer& host, std::span<const HeadPattern> patterns,
-                int64_t num_tokens) {
+                const DualChunk& dual_chunk, int64_t num_tokens) {
   EXPECT_GE(layer.seconds, 0);
   EXPECT_GE(layer.communication_seconds, 0);
-  for (size_t h = 0; h < host.heads.size(); ++h) {
-    LF_EXPECT_OK(ValidateIndex(host.heads[h], num_tokens));
-    const PackedIndices packed({&host.heads[h], 1});
-    const PairCounts expected = CountPairs(packed.Views(packed.data())[0], num_tokens);
+  const int64_t num_chunks = dual_chunk.NumChunks(num_tokens);
+  ASSERT_EQ(host.heads.size(), num_chunks * patterns.size());
+  for (size_t h = 0; h < patterns.size(); ++h) {
+    PairCounts expected;
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const TokenRange rows = dual_chunk.Tokens(chunk, num_tokens);
+      const SparseIndex& index = host.heads[chunk * patterns.size() + h];
+      LF_EXPECT_OK(ValidateIndex(index, rows.end));
+      const PackedIndices packed({&index, 1});
+      const PairCounts pairs = CountRowBlockPairs(packed.Views(packed.data())[0], rows.begin / kRowBlock,
+                                                  (rows.end + kRowBlock - 1) / kRowBlock, rows.end);
+      expected.covered += pairs.covered;
+      expected.published += pairs.published;
+    }
     EXPECT_EQ(host.pairs[h].covered, expected.covered) << "head " << h;
     if (!std::holds_alternative<BlockSparse>(patterns[h])) {
       EXPECT_EQ(host.pairs[h].published, expected.published) << "head " << h;
@@ -60,7 +79,7 @@ absl::StatusOr<HostLayer> BuildOn(const std::string& backend_name, Communicator&
   if (memory_limit_bytes > 0) {
     LF_ASSIGN_OR_RETURN(limited, RankBackend(backend_name, host.rank(), memory_limit_bytes));
   }
-  LF_ASSIGN_OR_RETURN(const auto world, CreateStagedCommunicator(host, *limited));
+  LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *limited));
   const ShardPlan plan(mesh, prompt.num_tokens);
   const RankPrompt mine(prompt, plan, host.rank(), *backend);
   MemoryResource& memory = limited->memory();
@@ -71,20 +90,21 @@ absl::StatusOr<HostLayer> BuildOn(const std::string& backend_name, Communicator&
                         SparseIndexBuilder::Create(*limited, *world, prompt.geometry, coverage));
     memory.ResetPeak();
     for (int repeat = 0; repeat < 2; ++repeat) {
-      LF_ASSIGN_OR_RETURN(const LayerIndex layer,
-                          builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns));
+      LF_ASSIGN_OR_RETURN(const LayerIndex layer, builder.Build(plan, mine.View(mine.q), mine.View(mine.k),
+                                                                patterns, prompt.query_rotary));
       HostLayer got{.pairs = layer.pairs};
       for (const IndexView& view : layer.heads) {
         got.heads.push_back(DownloadIndex(*limited, view, prompt.num_tokens));
       }
-      CheckLayer(layer, got, patterns, prompt.num_tokens);
+      CheckLayer(layer, got, patterns, prompt.geometry.dual_chunk, prompt.num_tokens);
       if (repeat > 0) {
         EXPECT_TRUE(got.heads == result.heads);
         EXPECT_TRUE(got.pairs == result.pairs);
       }
       result = std::move(got);
     }
-    EXPECT_EQ(memory.bytes_in_use() - before, SparseIndexBuilder::IndexBytes(plan, patterns));
+    EXPECT_EQ(memory.bytes_in_use() - before,
+              SparseIndexBuilder::IndexBytes(prompt.geometry, plan, patterns));
     const int64_t planned =
         SparseIndexBuilder::PlanBytes(limited->kernels(), prompt.geometry, plan, patterns);
     EXPECT_LE(memory.peak_bytes() - before, planned);
@@ -113,9 +133,10 @@ class DistributedIndex : public RankBackendTest {
           LF_ASSERT_OK_AND_ASSIGN(const HostLayer got,
                                   BuildOn(GetParam(), world, prompt, mesh, coverage, patterns));
           ASSERT_EQ(got.heads.size(), expected.heads.size());
-          for (size_t h = 0; h < patterns.size(); ++h) {
-            EXPECT_TRUE(got.heads[h] == expected.heads[h])
-                << "rank " << world.rank() << " head " << h << " " << ToString(patterns[h]) << ", "
+          for (size_t i = 0; i < got.heads.size(); ++i) {
+            const size_t h = i % patterns.size();
+            EXPECT_TRUE(got.heads[i] == expected.heads[i])
+                << "rank " << world.rank() << " index " << i << " " << ToString(patterns[h]) << ", "
                 << prompt.num_tokens << " tokens, mesh " << ToString(mesh);
             EXPECT_EQ(got.pairs[h], expected.pairs[h]) << "head " << h;
           }
@@ -168,10 +189,10 @@ void ExpectSameUpToCut(const std::vector<int32_t>& got, const std::vector<int32_
 }
 
 TEST_P(DistributedIndex, AgreesWithTheDefinitionInFp64) {
-  const AttentionGeometry geometry = MakeGeometry(2, 1);
+  const AttentionGeometry geometry = MakeGeometry(3, 1);
   for (const int64_t num_tokens : {1, 65, 300, 1337}) {
     const Prompt prompt(geometry, num_tokens, 77);
-    const std::vector<HeadPattern> patterns{VerticalSlash{90, 150}, BlockSparse{3}};
+    const std::vector<HeadPattern> patterns{VerticalSlash{90, 150}, BlockSparse{3}, BlockShare{4, 0.1}};
     LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
     const auto expected =
         oracle::SelectVerticalSlash(prompt.q.data(), prompt.k.data(), num_tokens, geometry.head_dim,
@@ -189,7 +210,72 @@ TEST_P(DistributedIndex, AgreesWithTheDefinitionInFp64) {
                                       lists.key_blocks.begin() + lists.row_offsets[m + 1]);
       ExpectSameUpToCut(list, blocks.blocks[m], blocks.scores[m], 1e-4);
     }
+    const auto shares = oracle::SelectByShare(prompt.q.data() + 2 * num_tokens * geometry.head_dim,
+                                              prompt.k.data(), num_tokens, geometry.head_dim, geometry.scale,
+                                              std::get<BlockShare>(patterns[2]));
+    const auto& voted = std::get<BlockListIndex>(layer.heads[2]);
+    ASSERT_EQ(voted.row_offsets.size(), shares.blocks.size() + 1);
+    for (size_t m = 0; m < shares.blocks.size(); ++m) {
+      std::vector<int32_t> differing;
+      std::set_symmetric_difference(voted.key_blocks.begin() + voted.row_offsets[m],
+                                    voted.key_blocks.begin() + voted.row_offsets[m + 1],
+                                    shares.blocks[m].begin(), shares.blocks[m].end(),
+                                    std::back_inserter(differing));
+      // Representatives are rounded to the compute dtype.
+      for (const int32_t n : differing) EXPECT_NEAR(shares.shares[m][n], 0.1, on_cpu() ? 1e-5 : 2e-3);
+    }
   }
+}
+
+TEST_P(DistributedIndex, DualChunksAgreeWithTheDefinitionInFp64) {
+  if (on_gpu()) GTEST_SKIP() << "rotated keys are rounded, so that other entries are near the cut";
+  const std::vector<HeadPattern> patterns{VerticalSlash{40, 110}, Dense{}, VerticalSlash{90, 150}};
+  const auto heads = static_cast<int64_t>(patterns.size());
+  uint32_t seed = 60;
+  for (const DualChunk& dual_chunk : kDualChunks) {
+    for (const int64_t num_tokens : {129, 700}) {
+      const DualChunkPrompt prompt(MakeGeometry(heads, 1), dual_chunk, num_tokens, ++seed);
+      LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
+      for (int64_t chunk = 0; chunk < dual_chunk.NumChunks(num_tokens) && dual_chunk.Splits(num_tokens);
+           ++chunk) {
+        for (const int64_t head : {0, 2}) {
+          SCOPED_TRACE(testing::Message() << num_tokens << " tokens, chunk " << chunk << " of "
+                                          << dual_chunk.chunk_len() << ", head " << head);
+          const auto expected = oracle::SelectInDualChunk(prompt.OracleInput(), head, chunk,
+                                                          std::get<VerticalSlash>(patterns[head]));
+          const auto& lines = std::get<DiagonalColumnIndex>(layer.heads[chunk * heads + head]);
+          ExpectSameUpToCut(lines.columns, expected.columns, expected.vertical_scores, 1e-4);
+          ExpectSameUpToCut(lines.distances, expected.distances, expected.slash_scores, 1e-4);
+        }
+      }
+    }
+  }
+}
+
+TEST_P(DistributedIndex, DualChunksAreTheSameBitForBitOnEveryMesh) {
+  const std::vector<HeadPattern> patterns{VerticalSlash{40, 110}, AShape{4, 100}, VerticalSlash{90, 150},
+                                          Dense{}};
+  uint32_t seed = 70;
+  for (const int64_t num_tokens :
+       {385, 1000}) {  // one query of a chunk of its own, several ranks without any
+    ExpectSameOnEveryMesh(DualChunkPrompt(MakeGeometry(4, 2), {448, 64}, num_tokens, ++seed),
+                          Coverage::kTiles, patterns);
+  }
+}
+
+TEST_P(DistributedIndex, DualChunksRefuseOtherPatternsByName) {
+  const auto build = [&](const HeadPattern& pattern, Coverage coverage) {
+    const DualChunkPrompt prompt(MakeGeometry(1, 1), {160, 32}, 200, 1);
+    return BuildAlone(prompt, coverage, std::vector<HeadPattern>{pattern}).status();
+  };
+  EXPECT_THAT(
+      build(BlockSparse{3}, Coverage::kTiles),
+      StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("block-sparse:3 is not supported with dual")));
+  EXPECT_THAT(build(BlockShare{3, 0.5}, Coverage::kTiles),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("block-share:3,0.5")));
+  EXPECT_THAT(build(VerticalSlash{30, 50}, Coverage::kParity),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("coverage parity")));
+  LF_EXPECT_OK(build(Dense{}, Coverage::kParity));
 }
 
 // The published kernels force no block, so what they cover is the parity selection.
@@ -216,6 +302,8 @@ TEST_P(DistributedIndex, OneBuilderServesLayersThatDiffer) {
                                              {AShape{3, 70}, VerticalSlash{40, 60}},
                                              {Dense{}, AShape{5, 70}},
                                              {VerticalSlash{40, 60}, BlockSparse{2}},
+                                             {BlockShare{3, 0.1}, BlockShare{5, 0.2}},
+                                             {BlockSparse{2}, BlockShare{5, 0.2}},
                                              {Dense{}, AShape{5, 70}}};
   for (const int64_t num_tokens : {300, 0, 700}) {
     const Prompt prompt(MakeGeometry(2, 1), num_tokens, 6);
@@ -256,6 +344,74 @@ TEST_P(DistributedIndex, HeadsThatAreRankedInSeveralBatchesAreRankedAlike) {
   for (size_t h = 1; h < patterns.size(); ++h) {
     EXPECT_TRUE(DownloadIndex(*backend, layer.heads[h], kTokens) == first) << "head " << h;
     EXPECT_EQ(layer.pairs[h], layer.pairs[0]) << "head " << h;
+  }
+}
+
+// Ranks of a test that is too dear for all sizes: two, or as many as mpirun has started.
+int SizeOfOneRun() { return GroupSizes().size() == 1 ? GroupSizes().front() : 2; }
+
+// So long that the bits of a head are selected in parts, which are not the same for each number of ranks.
+TEST_P(DistributedIndex, BlockShareInPartsIsTheSameOnEveryMesh) {
+  if (GetParam() != "cpu") GTEST_SKIP() << "the cpu's is the same code, and faster";
+  if (kSanitized) GTEST_SKIP() << "so long a prompt takes minutes with a sanitizer";
+  const Prompt prompt(MakeGeometry(1, 1, 8), 530'001, 10);
+  const std::vector<HeadPattern> patterns{BlockShare{0, 0.01}};
+  LF_ASSERT_OK_AND_ASSIGN(const HostLayer expected, BuildAlone(prompt, Coverage::kTiles, patterns));
+  EXPECT_GT(expected.pairs[0].covered, 5 * kRowBlock * prompt.num_tokens) << "only forced blocks";
+  const Mesh mesh{SizeOfOneRun(), 1};
+  OnEveryRank(mesh.size(), [&](Communicator& world) {
+    LF_ASSERT_OK_AND_ASSIGN(const HostLayer got,
+                            BuildOn(GetParam(), world, prompt, mesh, Coverage::kTiles, patterns));
+    EXPECT_TRUE(got.heads == expected.heads);
+    EXPECT_TRUE(got.pairs == expected.pairs);
+  });
+}
+
+// What needs more memory than lists have is known at the end only, by all ranks, and the group goes on.
+TEST_P(DistributedIndex, BlockShareListsThatDoNotFitAreTheSameErrorOnAllRanks) {
+  if (GetParam() != "cpu") GTEST_SKIP() << "the cpu's is the same code, and faster";
+  const AttentionGeometry geometry = MakeGeometry(1, 1, 8);
+  Prompt dense(geometry, 70'001, 11);
+  std::fill(dense.q.begin(), dense.q.end(), 0.0f);  // every block has the same share
+  const std::vector<HeadPattern> patterns{BlockShare{0, 1e-4}};
+  const Mesh mesh{SizeOfOneRun(), 1};
+  OnEveryRank(mesh.size(), [&](Communicator& world) {
+    EXPECT_THAT(BuildOn(GetParam(), world, dense, mesh, Coverage::kTiles, patterns).status(),
+                StatusIs(absl::StatusCode::kResourceExhausted,
+                         HasSubstr("have 598965 key blocks and there is room for 561222")));
+    LF_EXPECT_OK(
+        BuildOn(GetParam(), world, Prompt(geometry, 300, 12), mesh, Coverage::kTiles, patterns).status());
+  });
+}
+
+// It takes part in all exchanges, so that the others have their rows.
+TEST_P(DistributedIndex, BlockShareOfARankThatStopsIsEmpty) {
+  const Prompt prompt(MakeGeometry(2, 1), 1000, 13);
+  const std::vector<HeadPattern> patterns(2, BlockShare{2, 0.05});
+  for (const int size : Sizes()) {
+    OnEveryRank(size, [&](Communicator& host) {
+      LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), host.rank()));
+      LF_ASSERT_OK_AND_ASSIGN(const auto world, DeviceWorld(GetParam(), host, *backend));
+      const ShardPlan plan({size, 1}, prompt.num_tokens);
+      const RankPrompt mine(prompt, plan, host.rank(), *backend);
+      LF_ASSERT_OK_AND_ASSIGN(
+          SparseIndexBuilder builder,
+          SparseIndexBuilder::Create(*backend, *world, prompt.geometry, Coverage::kTiles));
+      LF_ASSERT_OK_AND_ASSIGN(const LayerIndex layer,
+                              builder.Build(plan, mine.View(mine.q), mine.View(mine.k), patterns, {},
+                                            [&] { return host.rank() == size - 1; }));
+      std::set<int64_t> stopped;  // row blocks
+      for (int64_t i = 0; i < plan.NumTokens(size - 1); ++i) {
+        stopped.insert(plan.TokenPositions(size - 1).Position(i) / kRowBlock);
+      }
+      for (const IndexView& view : layer.heads) {
+        const auto list = std::get<BlockListIndex>(DownloadIndex(*backend, view, prompt.num_tokens));
+        for (size_t m = 0; m + 1 < list.row_offsets.size(); ++m) {
+          EXPECT_EQ(list.row_offsets[m] == list.row_offsets[m + 1], stopped.contains(static_cast<int64_t>(m)))
+              << "row block " << m;
+        }
+      }
+    });
   }
 }
 

@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <functional>
+#include <iterator>
+#include <set>
 
 #include "kernels/cpu/oracle/oracle.h"
 
@@ -33,12 +35,24 @@ Mask AShapeMask(const AShape& pattern, int64_t num_tokens) {
   });
 }
 
+std::vector<int64_t> TilePieces(std::span<const int32_t> distances) {
+  const std::set<int64_t> left(distances.begin(), distances.end());
+  std::vector<int64_t> pieces;
+  for (auto above = left.end(); above != left.begin(); above = left.lower_bound(pieces.back())) {
+    const int64_t distance = *std::prev(above);
+    const bool adjoins = !pieces.empty() && distance >= pieces.back() - kBlock;
+    pieces.push_back(adjoins ? pieces.back() - kBlock : distance);
+  }
+  return pieces;
+}
+
 Mask TilesMask(std::span<const int32_t> columns, std::span<const int32_t> distances, int64_t num_tokens) {
+  const std::vector<int64_t> pieces = TilePieces(distances);
   return CausalMask(num_tokens, [&](int64_t query, int64_t key) {
     if (std::find(columns.begin(), columns.end(), key) != columns.end()) return true;
     const int64_t start = query / kBlock * kBlock;
-    return std::any_of(distances.begin(), distances.end(),
-                       [&](int64_t d) { return key >= start - d && key < start + kBlock - d; });
+    return std::any_of(pieces.begin(), pieces.end(),
+                       [&](int64_t p) { return key >= start - p && key < start + kBlock - p; });
   });
 }
 

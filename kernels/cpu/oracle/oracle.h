@@ -32,8 +32,11 @@ struct Mask {
 // Of a whole prompt of num_tokens; position equals row. `columns` and `distances` in any order.
 Mask DenseMask(int64_t num_tokens);
 Mask AShapeMask(const AShape& pattern, int64_t num_tokens);
-// Causal pairs whose key is in `columns`, or, for some d of `distances`, in the 64 keys on diagonal d of the
-// row block.
+// Places p of the 64-key pieces that cover the diagonals `distances` of a row block: the keys [64m - p, 64m -
+// p + 64) of row block m. One at the largest distance; each next one 64 below, or, where no distance lies in
+// these 64, at the next distance. The last may be below 0.
+std::vector<int64_t> TilePieces(std::span<const int32_t> distances);
+// Causal pairs whose key is in `columns` or in a piece of the row block.
 Mask TilesMask(std::span<const int32_t> columns, std::span<const int32_t> distances, int64_t num_tokens);
 // What the published kernels compute for the output of the published conversion.
 Mask ParityMask(std::span<const int32_t> columns, std::span<const int32_t> distances, int64_t num_tokens);
@@ -76,6 +79,30 @@ struct BlockSelection {
 // if 1).
 BlockSelection SelectBlocks(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
                             int64_t num_blocks, bool force);
+
+// ---- Selection by share (block_share.cc)
+
+struct RepresentativeChoice {
+  std::vector<double> means;                   // [whole blocks, head_dim]
+  std::vector<double> distances;               // [64 * whole blocks]: of each key from the mean of its block
+  std::vector<std::vector<int32_t>> outliers;  // [whole blocks]: keys, the farthest first, ties to the lower
+};
+// k [num_tokens, head_dim]; a partial last block is left out.
+RepresentativeChoice ChooseRepresentatives(const float* k, int64_t num_tokens, int64_t head_dim,
+                                           int64_t num_outliers);
+
+struct ShareSelection {
+  // [num_row_blocks][m]: the largest share that a row of row block m gives each block before it.
+  std::vector<std::vector<double>> shares;
+  std::vector<std::vector<int32_t>> blocks;  // [num_row_blocks]: selected, ascending
+};
+// One head; q [num_tokens, head_dim], representatives [num_representatives, num_tokens / 64, head_dim].
+ShareSelection SelectByShare(const float* q, int64_t num_tokens, int64_t head_dim,
+                             const std::vector<double>& representatives, int64_t num_representatives,
+                             double scale, double min_share);
+// The same from the keys.
+ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
+                             double scale, const BlockShare& pattern);
 
 // ---- Attention (attention.cc)
 
@@ -137,6 +164,31 @@ struct RotaryInput {
 };
 // out [num_heads, num_rows, head_dim]; dims from rotary_dim on are copied.
 std::vector<double> Rotary(const RotaryInput& input);
+
+// ---- Dual chunk attention (dual_chunk.cc): arXiv 2402.17463, capped as served checkpoints are
+
+// The distance at which a query sees a key that is not after it. In chunks of length = chunk_size -
+// local_size: its own chunk's at the true one; those of the chunk before from min(query % length + length,
+// chunk_size); those before that from where the last query of a chunk sees the chunk before it.
+int64_t DualChunkDistance(int64_t query, int64_t key, int64_t chunk_size, int64_t local_size);
+
+struct DualChunkInput {
+  AttentionInput attention;  // q and k not rotated; scores below 700 in magnitude; queries are the keys'
+  std::span<const double> inv_freq;  // [rotary_dim / 2]
+  RotaryPairs pairs = RotaryPairs::kHalfSplit;
+  double attention_scale = 1;  // multiplies the rotated dims, which are all, of queries and of keys
+  int64_t chunk_size = 0;
+  int64_t local_size = 0;
+};
+// Score of one query and one key: the scaled product with the query rotated by `distance`.
+double DualChunkScore(const DualChunkInput& input, const float* q, const float* k, int64_t distance);
+// Every pair by its own distance; each query must be covered with some key.
+AttentionOutput<double> DualChunkAttention(const DualChunkInput& input, std::span<const Mask* const> masks);
+// SelectVerticalSlash of a chunk: by its last queries, at most 64, over all keys up to its end. They see keys
+// of their own chunk and of the one before at the true distance, others at query % length + chunk_size - key
+// % length.
+VerticalSlashSelection SelectInDualChunk(const DualChunkInput& input, int64_t head, int64_t chunk,
+                                         const VerticalSlash& budget);
 
 }  // namespace longfill::oracle
 

@@ -6,5 +6,7 @@ template absl::Status LaunchAttention<DType::kFloat16, 128, 64>(const Args&, int
                                                                 cudaStream_t);
 template absl::Status LaunchAttention<DType::kFloat16, 128, 128>(const Args&, int, const DeviceLimits&,
                                                                  cudaStream_t);
+template int64_t SharedBytes<DType::kFloat16, 128, 64>();
+template int64_t SharedBytes<DType::kFloat16, 128, 128>();
 
 }  // namespace longfill::cuda::attention

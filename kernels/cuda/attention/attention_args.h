@@ -45,7 +45,12 @@ struct Args {
   int64_t out_head_stride = 0, out_row_stride = 0;
   int64_t lse_head_stride = 0;
   float scale = 0;
+  float scale_log2 = 0;  // scale / ln 2
   bool merge = false;
+  bool wide_tiles = true;  // false: heads that want tiles of 128 rows get those of 64
+  // Whether all tiles of a query head come before those of the next, or tiles of the heads of a KV head by
+  // turns.
+  bool head_by_head = false;
   const SequenceEntry* sequences = nullptr;
   int32_t num_sequences = 0;
   const HeadEntry* heads = nullptr;
@@ -54,6 +59,10 @@ struct Args {
   int32_t* items_taken = nullptr;  // beyond the first item of each thread block; 0 at the start
   unsigned long long* covered_pairs = nullptr;
   unsigned long long* computed_pairs = nullptr;
+  // For kernels/cuda/hopper: a CUtensorMap of K and one of V for each sequence, and when its blocks ended.
+  const void* tensor_maps = nullptr;
+
+  unsigned long long* block_finish_ns = nullptr;
 };
 
 }  // namespace longfill::cuda::attention

@@ -13,71 +13,23 @@
 #include "kernels/cuda/attention/key_source.cuh"
 #include "kernels/cuda/attention/mma.cuh"
 #include "kernels/cuda/attention/tile_memory.cuh"
+#include "kernels/cuda/attention/tile_task.cuh"
 #include "kernels/cuda/attention/warp_rows.cuh"
 
 namespace longfill::cuda::attention {
-
-inline constexpr float kLog2E = 1.44269504F;
-
-// The tile of an item. Within a sequence the heads of a KV head run side by side, row blocks from the last,
-// which has most keys, to the first: what runs at a time reads the same keys.
-template <int kRows>
-__device__ __forceinline__ TileTask<kRows> TaskOf(const Args& args, int32_t item) {
-  int32_t low = 0;
-  for (int32_t high = args.num_sequences; high - low > 1;) {
-    const int32_t middle = low + (high - low) / 2;
-    if (args.sequences[middle].first_item <= item) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const SequenceEntry& sequence = args.sequences[low];
-  const int32_t in_sequence = item - sequence.first_item;
-  const HeadEntry group = args.heads[in_sequence / sequence.num_tiles];
-  const int32_t in_group = in_sequence - group.group_begin * sequence.num_tiles;
-  const HeadEntry entry = args.heads[group.group_begin + in_group % group.group_size];
-  const int64_t place = sequence.num_tiles - 1 - in_group / group.group_size;
-
-  TileTask<kRows> task;
-  task.sequence = &sequence;
-  task.index = &args.indices[sequence.first_index + entry.head];
-  task.head = entry.head;
-  task.k = static_cast<const char*>(args.k) +
-           2 * (entry.kv_head * args.k_head_stride + sequence.k_row_of_0 * args.k_row_stride);
-  task.v = static_cast<const char*>(args.v) +
-           2 * (entry.kv_head * args.v_head_stride + sequence.k_row_of_0 * args.v_row_stride);
-  task.tile.block = static_cast<int32_t>(sequence.tiles.Position(place));
-  task.tile.first_row = task.tile.block * kRows;
-  task.tile.key_begin = sequence.key_range_begin;
-  return task;
-}
 
 // Places the task of an item, its rows and an empty queue in shared memory. One warp.
 template <typename Shape>
 __device__ __forceinline__ void StartTile(const Args& args, int32_t item, SharedMemory<Shape>* shared) {
   constexpr int kRows = Shape::kRows;
   TileTask<kRows> task = TaskOf<kRows>(args, item);
-  const SequenceEntry& sequence = *task.sequence;
-  int32_t end = 0;  // of the rows given, counted from the first of the tile
-  if (IsWide(*task.index) == (kRows > kRowBlockRows)) {
-#pragma unroll
-    for (int i = 0; i < kRows; i += 32) {
-      const int64_t position = int64_t{task.tile.first_row} + i + Lane();
-      const int64_t row = sequence.q_positions.RowsBelow(position);
-      const bool given = row < sequence.num_rows && sequence.q_positions.Position(row) == position;
-      shared->row[i + Lane()] = given ? static_cast<int32_t>(row) : -1;
-      const uint32_t rows = __ballot_sync(kAllLanes, given);
-      task.tile.rows[i / 64] |= uint64_t{rows} << (i % 64);
-      if (rows != 0) end = i + 32 - __clz(static_cast<int>(rows));
-    }
-  }
-  task.tile.key_end = min(task.tile.first_row + end, sequence.key_range_end);
+  const bool wide = args.wide_tiles && IsWide(*task.index);
+  const bool has_rows = wide == (kRows > kRowBlockRows) && FindRows(&task, shared->row);
   if (Lane() == 0) {
     shared->task = task;
-    shared->has_rows = end;
+    shared->has_rows = has_rows ? 1 : 0;
   }
-  if (end > 0) StartQueue(*task.index, task.tile, &shared->queue);
+  if (has_rows) StartQueue(*task.index, task.tile, &shared->queue);
 }
 
 // The rows of K or V that belong to a chunk. key_0 is where the key at position 0 would be, any_key one that
@@ -101,8 +53,7 @@ __device__ __forceinline__ void CopyChunk(const char* to, KeyChunk chunk, const 
 template <typename Shape>
 __device__ __forceinline__ void CopyQueries(const Args& args, const SharedMemory<Shape>& shared) {
   const int64_t row_bytes = 2 * args.q_row_stride;
-  const char* q = static_cast<const char*>(args.q) + 2 * shared.task.head * args.q_head_stride +
-                  shared.task.sequence->q_begin * row_bytes;
+  const char* q = QueryRow0(args, shared.task);
   CopyRows<Shape, Shape::kRows>(shared.q, [&](int i) {
     const int32_t row = shared.row[i];
     return RowSource{q + (row < 0 ? 0 : row) * row_bytes, row >= 0};
@@ -160,7 +111,7 @@ __device__ __forceinline__ void RunTile(const Args& args, SharedMemory<Shape>* s
       CopyChunk<Shape>(shared.k, next, queue, task.k, 2 * args.k_row_stride, task.tile.key_begin);
     }
     if (chunk != kNoChunk) {
-      rows.Softmax(args.scale * kLog2E);
+      rows.Softmax(args.scale_log2);
       rows.AddValues();
     }
     if (next == kNoChunk) break;

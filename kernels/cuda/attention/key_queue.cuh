@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/attention/tile_rows.cuh"
+
 namespace longfill::cuda::attention {
 
 // Keys from one fill on stop it, so that the copies below stay small while fills stay rare.
@@ -15,13 +17,6 @@ inline constexpr int kGatherCapacity = 1024;  // a ring; a power of two and a mu
 inline constexpr int kBatchRanges = 32;       // one for each lane
 // A fill starts a batch of ranges only with less than kFillKeys keys at hand, that is 15 chunks of 32.
 inline constexpr int kMaxSegments = 16 + kBatchRanges;
-
-// Rows of the tile [from, to), counted from its first position, that see a key.
-__device__ __forceinline__ uint16_t PackRows(int32_t from, int32_t to) {
-  return static_cast<uint16_t>(from | to << 8);
-}
-inline constexpr uint16_t kNoRows = 0;
-inline constexpr int32_t kNoKey = -1;
 
 // No column is due.
 inline constexpr int32_t kNoColumns = INT32_MIN;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "absl/strings/str_cat.h"
 #include "kernels/cuda/attention/attention_kernel.cuh"
 #include "kernels/cuda/attention/launch_attention.h"
 #include "kernels/cuda/launch.h"
@@ -14,6 +13,13 @@ namespace longfill::cuda::attention {
 inline constexpr int64_t kSharedBytesOfBlock = 1024;        // that the system keeps for each thread block
 inline constexpr int64_t kSharedBytesOfHopper = 228 << 10;  // of an SM
 
+inline constexpr int64_t kLeastSharedBytes = 99 << 10;  // of a thread block, on sm_86, sm_89 and sm_12x
+
+template <DType kDType, int kHeadDim, int kTileRows>
+int64_t SharedBytes() {
+  return sizeof(SharedMemory<TileShape<kHeadDim, kTileRows>>);
+}
+
 template <DType kDType, int kHeadDim, int kTileRows>
 absl::Status LaunchAttention(const Args& args, int cta_limit, const DeviceLimits& limits,
                              cudaStream_t stream) {
@@ -21,11 +27,7 @@ absl::Status LaunchAttention(const Args& args, int cta_limit, const DeviceLimits
   using Shape = TileShape<kHeadDim, kTileRows>;
   constexpr int64_t kSharedBytes = sizeof(SharedMemory<Shape>);
   static_assert(Shape::kBlocksPerSm * (kSharedBytes + kSharedBytesOfBlock) <= kSharedBytesOfHopper);
-  if (kSharedBytes > limits.shared_bytes_per_block) {
-    return absl::UnimplementedError(absl::StrCat("attention: head_dim ", kHeadDim, " needs ", kSharedBytes,
-                                                 " bytes of shared memory, the device has ",
-                                                 limits.shared_bytes_per_block));
-  }
+  static_assert(kTileRows > 64 || kSharedBytes <= kLeastSharedBytes);
   const auto kernel = AttentionKernel<Element, Shape>;
   LF_RETURN_IF_CUDA_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                cudaSharedmemCarveoutMaxShared));

@@ -15,8 +15,6 @@
 
 namespace longfill::cuda::attention {
 
-inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
-
 // threadIdx.x, read anew: what is computed from it does not occupy registers from one use to the next.
 __device__ __forceinline__ int Thread() {
   int thread;

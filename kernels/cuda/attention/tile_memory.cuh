@@ -10,6 +10,7 @@
 #include "kernels/cuda/attention/key_queue.cuh"
 #include "kernels/cuda/attention/key_ranges.cuh"
 #include "kernels/cuda/attention/mma.cuh"
+#include "kernels/cuda/attention/tile_task.cuh"
 
 namespace longfill::cuda::attention {
 
@@ -25,18 +26,6 @@ struct TileShape {
   static constexpr int kChunkKeys = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kBlocksPerSm = 8 * 32 / kThreads;  // eight warps of 255 registers
   static constexpr int kRowBytes = kHeadDim * 2;
-};
-
-// One (sequence, query head, tile).
-template <int kRows>
-struct TileTask {
-  const SequenceEntry* sequence = nullptr;
-  const IndexView* index = nullptr;
-  int32_t head = 0;
-  // The head's K and V where the key at position 0 would be, which need not be given.
-  const char* k = nullptr;
-  const char* v = nullptr;
-  Tile<kRows> tile;
 };
 
 // What changes seldom is read from here each time: registers are for the sums.

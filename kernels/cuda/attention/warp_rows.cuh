@@ -9,6 +9,7 @@
 #include "kernels/cuda/attention/attention_args.h"
 #include "kernels/cuda/attention/key_queue.cuh"
 #include "kernels/cuda/attention/mma.cuh"
+#include "kernels/cuda/attention/row_result.cuh"
 #include "kernels/cuda/attention/tile_memory.cuh"
 
 namespace longfill::cuda::attention {
@@ -178,7 +179,7 @@ class WarpRows {
   // Normalises and writes the rows that are given, joined with what is there if args.merge is set.
   __device__ __forceinline__ void Finish(const Args& args) {
     const LaneInFragment at;
-    float* lse = args.lse + shared_.task.head * args.lse_head_stride + shared_.task.sequence->q_begin;
+    float* lse = LseOf(args, shared_.task);
     float old_lse[kRowTiles][2];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -222,25 +223,10 @@ class WarpRows {
     const int column = thread & 3;
   };
 
-  // What a row becomes: `weight` times the sums plus old_weight times what is there.
-  struct RowResult {
-    float weight, old_weight, lse;
-  };
-  // Of a row whose probabilities relative to `max` have this sum.
-  __device__ __forceinline__ static RowResult ResultOf(float max, float sum, float old_lse) {
-    if (sum == 0) return {0, 0, -INFINITY};
-    const float lse = max + logf(sum);
-    if (old_lse == -INFINITY) return {1 / sum, 0, lse};
-    const float larger = fmaxf(lse, old_lse);
-    const float part = expf(lse - larger);
-    const float old_part = expf(old_lse - larger);
-    const float both = part + old_part;
-    return {part / (both * sum), old_part / both, larger + logf(both)};
-  }
   __device__ __forceinline__ void WriteRow(const Args& args, int64_t row, int column, int i, int half,
                                            const RowResult& result) const {
-    Element* out = static_cast<Element*>(args.out) + shared_.task.head * args.out_head_stride +
-                   (shared_.task.sequence->q_begin + row) * args.out_row_stride + 2 * column;
+    Element* out =
+        reinterpret_cast<Element*>(OutRow0(args, shared_.task)) + row * args.out_row_stride + 2 * column;
 #pragma unroll
     for (int d = 0; d < kDimTiles; ++d) {
       uint32_t* place = reinterpret_cast<uint32_t*>(out + 8 * d);

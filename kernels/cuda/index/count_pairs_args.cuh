@@ -5,10 +5,13 @@
 
 #include <cstdint>
 
+#include <vector_types.h>
+
 #include "kernels/api/kernel_set.h"
 
 namespace longfill::cuda::count_pairs {
 
+// The rows that count.
 struct Prompt {
   int64_t num_tokens = 0;
   int64_t num_row_blocks = 0;
@@ -69,9 +72,101 @@ __device__ inline void AddPairs(int64_t pairs, int64_t* total) {
   }
 }
 
-// Counts of the published walk for the heads that have one. Workspace: PublishedWorkspaceBytes.
-int64_t PublishedWorkspaceBytes(int64_t num_heads, int64_t num_tokens);
-absl::Status CountPublished(const Indices& indices, int64_t num_heads, const Prompt& prompt, void* workspace,
+// The published walk (kernels/sparse/coverage.h, AppendPublishedRuns) of row block m, as pieces of 64 keys:
+// the piece at D is the keys [64 m - D, 64 m - D + 64). It starts at D = min(largest distance below 64 m +
+// 64, 64 m) and goes on from a piece at D to
+//     next(D) = min(largest distance below D, D - 64),
+// a new run where that is the distance, a longer run otherwise, until no distance is below D. Only the start
+// depends on m. A run begins at m's start or at the lower end of a gap of 65 or more between neighbouring
+// distances: these places are the states, at most one for every 65 tokens, and the end of each one's run and
+// the state after it are the same for all row blocks. Exactly the last piece of a walk is at 0 or below; with
+// one at z < 0 there is one at z + 64, and all others, the far ones, are at 64 or beyond: whole tiles of
+// causal pairs.
+//
+// The main walk is the one from the largest distance, as of a row block that all distances reach. It is also
+// what tiles cover (sparse_index.h, CoarseRuns), and the walks of most row blocks join it within a few runs.
+
+// The pieces high, high - 64 .. low of a run of the main walk.
+struct PieceRun {
+  int32_t high;
+  int32_t low;
+  int32_t before;  // pieces in the runs below
+  int32_t unused;
+};
+
+struct WalkSize {
+  int32_t num_states;
+  int32_t num_main;  // runs of the main walk
+};
+
+// Of a head; states and runs ascend.
+struct WalkStates {
+  WalkSize* size;
+  int32_t* bottom;  // the state
+  int32_t* top;     // the distance above, INT32_MAX for the largest
+  int32_t* low;     // the last piece of the run from here
+  int32_t* next;    // the state that follows, -1 after the last run
+  int32_t* place;   // of the run in the main walk, or -1
+  int2* jump;       // the last state of the walk and the far pieces before that one's run
+  int2* scratch;    // like jump
+  PieceRun* main;
+
+  // The last piece of the run from place x, and the state that follows, given that no state above `state`
+  // does.
+  struct Run {
+    int32_t low;
+    int32_t next;
+  };
+  __device__ Run RunFrom(int32_t x, int32_t state) const {
+    constexpr auto kPiece = static_cast<int32_t>(kRowBlock);
+    for (; state >= 0; --state) {
+      const int32_t beyond = max(x - top[state], 0);
+      const int32_t low = x - (beyond + kPiece - 1) / kPiece * kPiece;
+      if (low > bottom[state] + kPiece) return {low, state};
+    }
+    return {x - (x + kPiece - 1) / kPiece * kPiece, -1};
+  }
+};
+
+// In the workspace of a call. `num_row_blocks` are those of the prompt that the indices are of: distances
+// beyond the rows that count have states too.
+struct WalkMemory {
+  WalkMemory(void* workspace, int64_t num_heads, int64_t num_row_blocks)
+      : capacity(num_row_blocks + 1),
+        all_states(num_heads * capacity),
+        memory(static_cast<char*>(workspace)) {
+    sizes_at = all_states * (kBytesOfState);
+    bytes = sizes_at + num_heads * static_cast<int64_t>(sizeof(WalkSize));
+  }
+
+  __device__ WalkStates Of(int64_t head) const {
+    WalkStates states;
+    auto* main = reinterpret_cast<PieceRun*>(memory);
+    auto* jumps = reinterpret_cast<int2*>(main + all_states);
+    auto* integers = reinterpret_cast<int32_t*>(jumps + 2 * all_states);
+    const int64_t first = head * capacity;
+    states.main = main + first;
+    states.jump = jumps + first;
+    states.scratch = states.jump + all_states;
+    states.bottom = integers + first;
+    states.top = states.bottom + all_states;
+    states.low = states.top + all_states;
+    states.next = states.low + all_states;
+    states.place = states.next + all_states;
+    states.size = reinterpret_cast<WalkSize*>(memory + sizes_at) + head;
+    return states;
+  }
+
+  static constexpr int64_t kBytesOfState = sizeof(PieceRun) + 2 * sizeof(int2) + 5 * sizeof(int32_t);
+  int64_t capacity;  // states of a head
+  int64_t all_states;
+  char* memory;
+  int64_t sizes_at = 0;
+  int64_t bytes = 0;
+};
+
+// Zeroes the counts, and finds the states of the heads that walk.
+absl::Status FindWalkStates(const Indices& indices, int64_t num_heads, const WalkMemory& memory,
                             PairCounts* counts, cudaStream_t stream);
 
 }  // namespace longfill::cuda::count_pairs

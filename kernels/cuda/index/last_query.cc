@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/hopper/index/last_query.h"
 #include "kernels/cuda/index/last_query_args.h"
 
 namespace longfill {
@@ -162,21 +163,31 @@ LastQueryArgs ArgsWithoutGroups(const LastQueryParams& params) {
   return args;
 }
 
-// Calls launch(args, grid, ring_bytes) for every launch that the heads of the call need.
+// Calls launch(args) with as many of the groups as a launch takes, until all had their turn.
+template <typename Launch>
+absl::Status ForGroups(const std::vector<LastQueryGroup>& groups, LastQueryArgs args, const Launch& launch) {
+  for (size_t begin = 0; begin < groups.size(); begin += kMaxLastQueryGroups) {
+    args.num_groups = static_cast<int32_t>(std::min<size_t>(kMaxLastQueryGroups, groups.size() - begin));
+    std::copy_n(groups.begin() + static_cast<int64_t>(begin), args.num_groups, args.groups);
+    LF_RETURN_IF_ERROR(launch(args));
+  }
+  return absl::OkStatus();
+}
+
+// Calls launch(args, grid, ring_bytes) for every launch of the general kernels that the heads of the call
+// need.
 template <typename LaunchPass>
 absl::Status ForEachLaunch(const LastQueryParams& params, const DeviceLimits& limits,
                            const LaunchPass& launch) {
-  LastQueryArgs args = ArgsWithoutGroups(params);
+  LastQueryArgs all = ArgsWithoutGroups(params);
   const RingShape ring = RingShapeOf(params.head_dim);
   const std::vector<LastQueryGroup> groups = MakeGroups(params, ring.units);
   int most_heads = 1;
   for (const LastQueryGroup& group : groups) most_heads = std::max(most_heads, group.num_heads);
   const int heads_at_once = most_heads > 2 ? 4 : most_heads;
-  args.blocks_at_once = ring.units / heads_at_once;
-  args.ring_stages = RingStages(args.blocks_at_once, ring.slot_bytes, limits);
-  for (size_t begin = 0; begin < groups.size(); begin += kMaxLastQueryGroups) {
-    args.num_groups = static_cast<int32_t>(std::min<size_t>(kMaxLastQueryGroups, groups.size() - begin));
-    std::copy_n(groups.begin() + static_cast<int64_t>(begin), args.num_groups, args.groups);
+  all.blocks_at_once = ring.units / heads_at_once;
+  all.ring_stages = RingStages(all.blocks_at_once, ring.slot_bytes, limits);
+  return ForGroups(groups, all, [&](LastQueryArgs args) {
     // One wave of thread blocks, each with an equal stretch of keys.
     const int64_t most_stretches =
         std::max<int64_t>(1, int64_t{limits.num_sms} * kResidentThreadBlocks / args.num_groups);
@@ -184,10 +195,22 @@ absl::Status ForEachLaunch(const LastQueryParams& params, const DeviceLimits& li
     const int64_t turns_each = (turns + most_stretches - 1) / most_stretches;
     args.blocks_per_stretch = static_cast<int32_t>(turns_each * args.blocks_at_once);
     const int64_t stretches = (args.num_blocks + args.blocks_per_stretch - 1) / args.blocks_per_stretch;
-    LF_RETURN_IF_ERROR(
-        launch(args, stretches * args.num_groups, args.ring_stages * args.blocks_at_once * ring.slot_bytes));
-  }
-  return absl::OkStatus();
+    return launch(args, stretches * args.num_groups,
+                  args.ring_stages * args.blocks_at_once * ring.slot_bytes);
+  });
+}
+
+// Calls launch(keys, args, grid) for every launch of the kernels of compute capability 9.0.
+template <typename LaunchPass>
+absl::Status ForEachHopperLaunch(const LastQueryParams& params, DType dtype, const DeviceLimits& limits,
+                                 const LaunchPass& launch) {
+  CUtensorMap keys;
+  LF_RETURN_IF_ERROR(MapLastQueryKeys(params, dtype, &keys));
+  return ForGroups(MakeGroups(params, kLastQueryWarps), ArgsWithoutGroups(params),
+                   [&](const LastQueryArgs& args) {
+                     const int64_t pairs = int64_t{args.num_groups} * args.num_blocks;
+                     return launch(keys, args, std::min<int64_t>(limits.num_sms, pairs));
+                   });
 }
 
 }  // namespace
@@ -204,9 +227,17 @@ absl::Status CudaLastQueryRowMax(const LastQueryParams& params, float* row_max, 
   const int64_t rows = static_cast<int64_t>(params.heads.size()) * kMaxSelectingQueries;
   LF_RETURN_IF_ERROR(LaunchLastQueryMaxStart(row_max, rows, stream));
   if (params.num_keys == 0) return absl::OkStatus();
+  auto* statistics = static_cast<BlockStatistics*>(workspace.data);
+  if (HasHopperLastQuery(params, limits)) {
+    return ForEachHopperLaunch(params, compute_dtype, limits,
+                               [&](const CUtensorMap& keys, const LastQueryArgs& args, int64_t grid) {
+                                 return LaunchHopperLastQueryMax(keys, args, params.head_dim, compute_dtype,
+                                                                 grid, statistics, row_max, stream);
+                               });
+  }
   return ForEachLaunch(params, limits, [&](const LastQueryArgs& args, int64_t grid, int64_t ring_bytes) {
-    return LaunchLastQueryMax(args, params.head_dim, compute_dtype, grid, ring_bytes,
-                              static_cast<BlockStatistics*>(workspace.data), row_max, stream);
+    return LaunchLastQueryMax(args, params.head_dim, compute_dtype, grid, ring_bytes, statistics, row_max,
+                              stream);
   });
 }
 
@@ -230,6 +261,13 @@ absl::Status CudaLastQueryScore(const LastQueryParams& params, const float* row_
   LF_RETURN_IF_ERROR(Check(params, workspace, compute_dtype));
   LF_RETURN_IF_ERROR(
       cuda::CheckAtLeast(kOperation, "vertical_stride", scores.vertical_stride, params.num_keys));
+  if (HasHopperLastQuery(params, limits)) {
+    return ForEachHopperLaunch(params, compute_dtype, limits,
+                               [&](const CUtensorMap& keys, const LastQueryArgs& args, int64_t grid) {
+                                 return LaunchHopperLastQueryScore(keys, args, params.head_dim, compute_dtype,
+                                                                   grid, row_max, row_sum, scores, stream);
+                               });
+  }
   return ForEachLaunch(params, limits, [&](const LastQueryArgs& args, int64_t grid, int64_t ring_bytes) {
     return LaunchLastQueryScore(args, params.head_dim, compute_dtype, grid, ring_bytes, row_max, row_sum,
                                 scores, stream);

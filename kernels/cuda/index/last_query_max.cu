@@ -78,16 +78,6 @@ struct RowStatistics {
   }
 };
 
-// `value` is not NaN and not -0. As integers, floats of equal sign ascend if positive and descend if
-// negative.
-__device__ void AtomicMax(float* target, float value) {
-  if (value >= 0) {
-    atomicMax(reinterpret_cast<int*>(target), __float_as_int(value));
-  } else {
-    atomicMin(reinterpret_cast<unsigned*>(target), __float_as_uint(value));
-  }
-}
-
 template <typename Element, int kHeadDim>
 __global__ __launch_bounds__(kLastQueryThreads,
                              2) void LastQueryMaxKernel(const __grid_constant__ LastQueryArgs args,
@@ -137,10 +127,7 @@ __global__ __launch_bounds__(kLastQueryThreads,
   if (!warp.active || column >= Warp::kTiles) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int query = args.num_queries - 1 - warp.Row(column, half);
-    if (query < 0 || best[half] == -INFINITY) continue;
-    // Adding 0 turns -0 into 0, which of the two is the maximum depends on the order.
-    AtomicMax(row_max + int64_t{warp.list} * kMaxSelectingQueries + query, best[half] * args.scale + 0.0F);
+    RaiseRowMax(args, warp.list, warp.Row(column, half), best[half], row_max);
   }
 }
 

@@ -8,43 +8,16 @@ namespace longfill {
 namespace cuda::last_query {
 namespace {
 
-// Window entries are sums over antidiagonals of [rows, keys]. The 8 x 8 parts (i, j) of a block's products
-// with equal i + j have the same entries in the same places, so they are added up where they are, in
-// registers; what is left for each of the kDiagonalTiles sums of parts are the antidiagonals of one 8 x 8
-// tile, which shared memory gives. Tile t holds the entries 8 t to 8 t + 14.
 template <int kHeadDim>
-struct DiagonalTiles {
-  static constexpr int kRows = LastQueryShape<kHeadDim>::kWarpQueries;
-  static constexpr int kCount = static_cast<int>(kSelectionBlock) / 8 + kRows / 8 - 1;
-  static constexpr int kEntries = static_cast<int>(kSelectionBlock) + kRows - 1;
-  static constexpr int kPitch = 72;  // 64 and a quarter of the banks, so that four tiles are read at a time
-
-  float tiles[kCount + 2][kPitch];  // one of zeros before and after the others
+struct WarpTiles : DiagonalTiles<static_cast<int>(kSelectionBlock), LastQueryShape<kHeadDim>::kWarpQueries> {
   float vertical[kSelectionBlock];  // sums over the warp's rows
-
-  __device__ void Clear(int lane) {
-    for (int i = lane; i < kPitch; i += 32) tiles[0][i] = tiles[kCount + 1][i] = 0.0F;
-  }
-
-  // Sum of the entry's products, which lie in tile e / 8 and the one before; 0 for e outside of the rows'
-  // window.
-  __device__ float Entry(int e) const {
-    if (e < 0 || e >= kEntries) return 0.0F;
-    const int diagonal = e % 8;
-    float sum = 0.0F;
-#pragma unroll
-    for (int row = 0; row < 8; ++row) {
-      sum += tiles[e / 8 + (row <= diagonal ? 1 : 0)][8 * row + (diagonal - row & 7)];
-    }
-    return sum;
-  }
 };
 
 // A warp's sums on their way along the keys of a block, one step of 16 keys after the other.
 template <int kHeadDim>
 class ProbabilitySums {
  public:
-  using Tiles = DiagonalTiles<kHeadDim>;
+  using Tiles = WarpTiles<kHeadDim>;
   static constexpr int kTiles = LastQueryWarp<kHeadDim>::kTiles;
 
   __device__ explicit ProbabilitySums(Tiles& out) : out_(out) {}
@@ -108,8 +81,7 @@ class ProbabilitySums {
   __device__ void StoreDiagonals(int first_tile, int lane) {
 #pragma unroll
     for (int i = 0; i < kStored; ++i) {
-      *reinterpret_cast<float2*>(&out_.tiles[1 + first_tile + i][2 * lane]) =
-          make_float2(diagonals_[i][0], diagonals_[i][1]);
+      out_.Store(first_tile + i, 2 * lane, diagonals_[i][0], diagonals_[i][1]);
     }
   }
 
@@ -117,22 +89,10 @@ class ProbabilitySums {
   float diagonals_[kOpen][2] = {};
 };
 
-// log2 of 1 / row_sum, less the row's maximum; -infinity for a row that sees no key or does not exist.
-__device__ float RowOffset(const LastQueryArgs& args, const float* row_max, const uint64_t* row_sum,
-                           int64_t list, int row) {
-  const int query = args.num_queries - 1 - row;
-  if (query < 0) return -INFINITY;
-  const int64_t place = list * kMaxSelectingQueries + query;
-  if (row_sum[place] == 0) return -INFINITY;
-  constexpr double kLog2E = 1.4426950408889634;
-  const double sum_log2 = log2(static_cast<double>(row_sum[place])) - 40;
-  return static_cast<float>(-(row_max[place] * kLog2E + sum_log2));
-}
-
 // From shared memory to the scores of one block, by the threads of the warps that share its queries.
 template <int kHeadDim>
 __device__ void StoreScores(const LastQueryArgs& args, const LastQueryScores& scores,
-                            const DiagonalTiles<kHeadDim>* parts, int64_t list, int64_t block, int thread) {
+                            const WarpTiles<kHeadDim>* parts, int64_t list, int64_t block, int thread) {
   constexpr int kParts = LastQueryShape<kHeadDim>::kParts;
   const int64_t first_key = block * kSelectionBlock;
   const int num_keys = static_cast<int>(min(args.num_keys - first_key, kSelectionBlock));
@@ -146,7 +106,7 @@ __device__ void StoreScores(const LastQueryArgs& args, const LastQueryScores& sc
   for (int e = thread; e < kDiagonalWindow; e += 32 * kParts) {
     float sum = parts[0].Entry(e);
     for (int part = 1; part < kParts; ++part) {
-      sum += parts[part].Entry(e - part * DiagonalTiles<kHeadDim>::kRows);
+      sum += parts[part].Entry(e - part * LastQueryShape<kHeadDim>::kWarpQueries);
     }
     slash[e] = sum;
   }
@@ -174,8 +134,8 @@ __global__ __launch_bounds__(kLastQueryThreads,
   }
   const int warp_number = static_cast<int>(threadIdx.x) / 32;
   const int part = warp_number % kParts;
-  DiagonalTiles<kHeadDim>* all_tiles = reinterpret_cast<DiagonalTiles<kHeadDim>*>(shared + ring_bytes);
-  DiagonalTiles<kHeadDim>* parts = all_tiles + warp_number - part;
+  WarpTiles<kHeadDim>* all_tiles = reinterpret_cast<WarpTiles<kHeadDim>*>(shared + ring_bytes);
+  WarpTiles<kHeadDim>* parts = all_tiles + warp_number - part;
   parts[part].Clear(warp.lane);
   ProbabilitySums<kHeadDim> sums(parts[part]);
 
@@ -214,7 +174,7 @@ absl::Status LaunchLastQueryScore(const LastQueryArgs& args, int64_t head_dim, D
                                   int64_t ring_bytes, const float* row_max, const uint64_t* row_sum,
                                   const LastQueryScores& scores, cudaStream_t stream) {
   return ForLastQueryVariant<__nv_bfloat16, __half>(head_dim, dtype, [&]<typename Element, int kHeadDim>() {
-    constexpr int64_t kTileBytes = kLastQueryWarps * sizeof(cuda::last_query::DiagonalTiles<kHeadDim>);
+    constexpr int64_t kTileBytes = kLastQueryWarps * sizeof(cuda::last_query::WarpTiles<kHeadDim>);
     static_assert(kTileBytes <= kMaxLastQueryTileBytes);
     return Launch("LastQueryScoreKernel", cuda::last_query::LastQueryScoreKernel<Element, kHeadDim>,
                   {.grid_x = grid, .block = kLastQueryThreads, .shared_bytes = ring_bytes + kTileBytes},

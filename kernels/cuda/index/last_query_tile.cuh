@@ -5,24 +5,24 @@
 // stretch for up to four query heads of one KV head. A warp has one head's queries in registers for good
 // (head dim 256: half of them) and multiplies them with 16 keys at a time, which lie in a ring of stages in
 // shared memory. With fewer heads than four, several key blocks are loaded side by side, so that each warp
-// has work. Queries are in reverse: row l is the query l before the last one, so that e = l + (key in block)
-// is the window entry of a pair (kernel_set.h, LastQueryScores).
+// has work.
 
 #include <cmath>
 #include <cstdint>
 
 #include "kernels/cuda/attention/mma.cuh"
 #include "kernels/cuda/index/last_query_args.h"
+#include "kernels/cuda/index/last_query_rows.cuh"
 
 namespace longfill::cuda::last_query {
 
 using attention::CopyAsync16;
 using attention::FastExp2;
-using attention::kAllLanes;
 using attention::LoadMatrices;
 using attention::MultiplyAdd;
 using attention::SharedAddress;
 
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 inline constexpr int kStageKeys = 32;  // keys of each block that a stage holds
 inline constexpr int kStepKeys = 16;   // keys that are multiplied at a time
 inline constexpr int kStagesPerBlock = static_cast<int>(kSelectionBlock) / kStageKeys;
@@ -200,22 +200,6 @@ __device__ __forceinline__ void ScoreStep(const QueryFragments<kHeadDim>& querie
   }
 }
 
-// Which keys of a block the queries see.
-struct BlockVisibility {
-  __device__ BlockVisibility(const LastQueryArgs& args, int block) {
-    const auto place = static_cast<uint32_t>(block);
-    const uint32_t position_block = args.first_position_block +
-                                    place / args.blocks_per_piece * args.piece_stride_blocks +
-                                    place % args.blocks_per_piece;
-    last_distance = args.last_query_position - static_cast<int>(position_block) * int{kSelectionBlock};
-    num_keys = static_cast<int>(min(args.num_keys - block * kSelectionBlock, kSelectionBlock));
-  }
-  __device__ bool All() const { return num_keys == kSelectionBlock && last_distance >= kDiagonalWindow - 1; }
-
-  int last_distance = 0;  // of key 0 from the last query: row l sees key j iff l + j is at most this
-  int num_keys = 0;
-};
-
 // Scores of pairs that are not visible become -infinity. `first_key` is the step's in the block.
 template <int kHeadDim>
 __device__ __forceinline__ void HideKeys(const BlockVisibility& visible, int first_key,
@@ -225,8 +209,7 @@ __device__ __forceinline__ void HideKeys(const BlockVisibility& visible, int fir
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int key = first_key + i / 4 * 8 + warp.lane % 4 * 2 + i % 2;
-      const bool seen = key < visible.num_keys && warp.Row(tile, i % 4 / 2) + key <= visible.last_distance;
-      if (!seen) scores[tile][i / 4][i % 4] = -INFINITY;
+      if (!visible.Sees(warp.Row(tile, i % 4 / 2), key)) scores[tile][i / 4][i % 4] = -INFINITY;
     }
   }
 }

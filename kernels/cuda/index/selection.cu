@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kThreadBlocksPerSm = 4;
-constexpr int kUnroll = 8;  // loads of a thread on their way at a time
+constexpr int kQuad = 4;    // entries of a load
+constexpr int kUnroll = 4;  // loads of a thread on their way at a time
 constexpr int kBins = static_cast<int>(kSelectionBins);
 constexpr int kCopies = 2;  // of a histogram in shared memory: neighbouring lanes add to different ones
 constexpr uint64_t kNoThreshold = ~uint64_t{0};  // no key is as large
@@ -36,27 +37,39 @@ __device__ uint32_t IndexKey(const SelectionLists& lists, int64_t list, int64_t 
   return 0xFFFFFFFFU - static_cast<uint32_t>(IndexOfEntry(lists, list, entry));
 }
 
-// Calls body(entry, score bits, exists) for the entries of this thread block's stretch of the list; whole
-// warps call it together, for 32 entries that follow each other.
+// Calls body(entry, score bits) for the entries of this thread block's stretch of the list, whose first one
+// is a multiple of four. `aligned`: lists begin at multiples of 16 bytes.
 template <typename Body>
-__device__ void ForStretch(const SelectionLists& lists, int64_t list, int64_t stretch_entries,
+__device__ void ForStretch(const SelectionLists& lists, int64_t list, int64_t stretch_entries, bool aligned,
                            const Body& body) {
-  const float* scores = lists.scores + list * lists.list_stride;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * stretch_entries;
-  const int64_t end = min(begin + stretch_entries, lists.num_entries);
-  for (int64_t first = begin + threadIdx.x; first - threadIdx.x < end; first += kThreads * kUnroll) {
-    float values[kUnroll];
+  const auto count = static_cast<int>(min(stretch_entries, lists.num_entries - begin));
+  const float* scores = lists.scores + list * lists.list_stride + begin;
+  for (int first = 0; first < count; first += kThreads * kQuad * kUnroll) {
+    float values[kUnroll][kQuad];
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int64_t entry = first + i * kThreads;
-      values[i] = entry < end ? scores[entry] : 0.0F;
+      const int at = first + (i * kThreads + static_cast<int>(threadIdx.x)) * kQuad;
+      if (aligned && at + kQuad <= count) {
+        *reinterpret_cast<float4*>(values[i]) = *reinterpret_cast<const float4*>(scores + at);
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) values[i][j] = at + j < count ? scores[at + j] : 0.0F;
     }
 #pragma unroll
     for (int i = 0; i < kUnroll; ++i) {
-      const int64_t entry = first + i * kThreads;
-      body(entry, __float_as_uint(values[i]), entry < end);
+      const int at = first + (i * kThreads + static_cast<int>(threadIdx.x)) * kQuad;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        if (at + j < count) body(begin + at + j, __float_as_uint(values[i][j]));
+      }
     }
   }
+}
+
+bool Aligned(const SelectionLists& lists) {
+  return cuda::AlignedTo16(lists.scores, lists.list_stride * int64_t{sizeof(float)});
 }
 
 struct Budgets {
@@ -76,7 +89,7 @@ __global__ void SelectionStartKernel(const __grid_constant__ Budgets budgets, in
 template <bool kOfScore>
 __global__ __launch_bounds__(kThreads) void SelectionHistogramKernel(
     const __grid_constant__ SelectionLists lists, int digit_shift, int digit_bits, int64_t stretch_entries,
-    const SelectionCut* cuts, uint64_t* histogram) {
+    bool aligned, const SelectionCut* cuts, uint64_t* histogram) {
   __shared__ uint32_t counts[kBins * kCopies];
   const int64_t list = blockIdx.y;
   if (cuts[list].settled != 0) return;
@@ -85,8 +98,7 @@ __global__ __launch_bounds__(kThreads) void SelectionHistogramKernel(
   __syncthreads();
   const uint32_t mask = (1U << digit_bits) - 1;
   const int copy = static_cast<int>(threadIdx.x) % kCopies;
-  ForStretch(lists, list, stretch_entries, [&](int64_t entry, uint32_t score, bool exists) {
-    if (!exists) return;
+  ForStretch(lists, list, stretch_entries, aligned, [&](int64_t entry, uint32_t score) {
     if constexpr (kOfScore) {
       const uint32_t digits = score >> (digit_shift - 32);
       if (digits >> digit_bits != prefix) return;
@@ -164,41 +176,22 @@ __global__ __launch_bounds__(kAdvanceThreads) void SelectionAdvanceKernel(int di
   }
 }
 
-__device__ void OrBits(uint64_t* words, int64_t first_bit, uint64_t bits) {
-  auto* word = reinterpret_cast<unsigned long long*>(words + first_bit / 64);
-  const int shift = static_cast<int>(first_bit % 64);
-  atomicOr(word, bits << shift);
-  if (shift != 0 && bits >> (64 - shift) != 0) atomicOr(word + 1, bits >> (64 - shift));
-}
-
-// 32 entries in a row are, but at the borders of pieces, 32 indices in a row: ascending keys, or descending
-// distances.
 __global__ __launch_bounds__(kThreads,
                              3) void SelectionMarkKernel(const __grid_constant__ SelectionLists lists,
-                                                         int64_t stretch_entries, const SelectionCut* cuts,
-                                                         uint64_t* bits, int64_t words_per_list) {
+                                                         int64_t stretch_entries, bool aligned,
+                                                         const SelectionCut* cuts, uint64_t* bits,
+                                                         int64_t words_per_list) {
   const int64_t list = blockIdx.y;
   const uint64_t threshold = cuts[list].threshold;
   if (threshold == kNoThreshold) return;
   const auto score_threshold = static_cast<uint32_t>(threshold >> 32);
   const auto index_threshold = static_cast<uint32_t>(threshold);
-  uint64_t* words = bits + list * words_per_list;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  ForStretch(lists, list, stretch_entries, [&](int64_t entry, uint32_t score, bool exists) {
-    bool selected = exists && score >= score_threshold;
-    if (selected && score == score_threshold) selected = IndexKey(lists, list, entry) >= index_threshold;
-    const uint32_t chosen = __ballot_sync(kAllLanes, selected);
-    if (chosen == 0) return;
-    const int count = 32 - __clz(chosen);  // entries up to the last chosen one
-    const int64_t first = IndexOfEntry(lists, list, entry - lane);
-    const int64_t last = IndexOfEntry(lists, list, entry - lane + count - 1);
-    if (last - first == count - 1) {
-      if (lane == 0) OrBits(words, first, chosen);
-    } else if (first - last == count - 1) {
-      if (lane == 0) OrBits(words, last, __brev(chosen) >> (32 - count));
-    } else if (selected) {
-      OrBits(words, IndexOfEntry(lists, list, entry), 1);
-    }
+  auto* words = reinterpret_cast<unsigned long long*>(bits + list * words_per_list);
+  ForStretch(lists, list, stretch_entries, aligned, [&](int64_t entry, uint32_t score) {
+    if (score < score_threshold) return;
+    if (score == score_threshold && IndexKey(lists, list, entry) < index_threshold) return;
+    const int64_t index = IndexOfEntry(lists, list, entry);
+    atomicOr(words + index / 64, 1ULL << index % 64);
   });
 }
 
@@ -225,7 +218,7 @@ absl::Status CheckPass(const char* operation, int pass) {
 int64_t StretchEntries(const SelectionLists& lists, const DeviceLimits& limits) {
   const int64_t thread_blocks = int64_t{limits.num_sms} * kThreadBlocksPerSm * 2;
   const int64_t stretches = std::max<int64_t>(1, thread_blocks / std::max<int64_t>(1, lists.num_lists));
-  constexpr int64_t kStep = kThreads * kUnroll;
+  constexpr int64_t kStep = kThreads * kQuad;
   return CeilDiv(CeilDiv(lists.num_entries, stretches), kStep) * kStep;
 }
 
@@ -260,7 +253,8 @@ absl::Status CudaSelectionHistogram(const SelectionLists& lists, int pass, const
       "SelectionHistogramKernel",
       digit_shift >= 32 ? SelectionHistogramKernel<true> : SelectionHistogramKernel<false>,
       {.grid_x = CeilDiv(lists.num_entries, stretch_entries), .grid_y = lists.num_lists, .block = kThreads},
-      stream, lists, digit_shift, kSelectionDigitBits[pass], stretch_entries, cuts, histogram);
+      stream, lists, digit_shift, kSelectionDigitBits[pass], stretch_entries, Aligned(lists), cuts,
+      histogram);
 }
 
 absl::Status CudaSelectionAdvance(int64_t num_lists, int pass, const uint64_t* histogram, SelectionCut* cuts,
@@ -282,7 +276,7 @@ absl::Status CudaSelectionMark(const SelectionLists& lists, const SelectionCut* 
   return Launch(
       "SelectionMarkKernel", SelectionMarkKernel,
       {.grid_x = CeilDiv(lists.num_entries, stretch_entries), .grid_y = lists.num_lists, .block = kThreads},
-      stream, lists, stretch_entries, cuts, bits, words_per_list);
+      stream, lists, stretch_entries, Aligned(lists), cuts, bits, words_per_list);
 }
 
 }  // namespace longfill

@@ -89,6 +89,18 @@ TEST(MemoryTest, LimitIsResourceExhaustedNamingWhatAndHowMuch) {
   LF_EXPECT_OK(memory.Allocate(0, "nothing"));
 }
 
+TEST(MemoryTest, LostDeviceIsNotTakenForMissingMemory) {
+  class LostMemory final : public MemoryResource {
+    void* DoAllocate(int64_t) override { return nullptr; }
+    void DoDeallocate(void*, int64_t) override {}
+    absl::Status DeviceHealth() const override { return absl::InternalError("device 3 is lost"); }
+  };
+  LostMemory memory;
+  EXPECT_THAT(memory.Allocate(100, "scores"),
+              StatusIs(absl::StatusCode::kInternal, AllOf(HasSubstr("scores"), HasSubstr("device 3"))));
+  EXPECT_EQ(memory.bytes_in_use(), 0);
+}
+
 class OtherDeviceStream final : public Stream {
  public:
   DeviceKind device() const override { return DeviceKind::kCuda; }

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "models/file_io.h"
 #include "models/safetensors.h"
 #include "tests/testing/status_matchers.h"
 
@@ -17,6 +18,7 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAreArray;
 
 class OutputDirectoryTest : public ::testing::Test {
  protected:
@@ -76,13 +78,25 @@ TEST_F(OutputDirectoryTest, RefusesToWriteBesideOtherFilesUnlessAsked) {
 TEST_F(OutputDirectoryTest, OverwriteRemovesOnlyFilesOfAnEarlierResult) {
   for (const char* name :
        {"manifest.json", "logits.safetensors", "kv-layer-000-rank-001.safetensors", "notes.txt",
-        "000/manifest.json", "000/mine.txt", "001/kv-layer-000-rank-000.safetensors", "sub/manifest.json"}) {
+        "manifest.json.partial-77", "kv-layer-1000-rank-001.safetensors.partial-77-3", "000/manifest.json",
+        "000/mine.txt", "001/kv-layer-000-rank-000.safetensors"}) {
     Write(name);
   }
+  const std::vector<std::string> others = {"sub/manifest.json",
+                                           "2024/manifest.json",
+                                           "manifest.json.bak",
+                                           "manifest.json.partial-",
+                                           "manifest.json.partial-7x",
+                                           "kv-layer-notes.md",
+                                           "kv-layer-000-rank-000.safetensors.old",
+                                           "logits.safetensors2"};
+  for (const std::string& name : others) Write(name);
   LF_ASSERT_OK_AND_ASSIGN(const auto directory, OutputDirectory::Open(root_.string(), 1, true));
-  EXPECT_EQ(Files().size(), 8U) << "Open removes nothing";
+  EXPECT_EQ(Files().size(), 9 + others.size()) << "Open removes nothing";
   LF_ASSERT_OK(directory->Prepare());
-  EXPECT_THAT(Files(), ElementsAre("000/mine.txt", "notes.txt", "sub/manifest.json"));
+  std::vector<std::string> left = others;
+  left.insert(left.end(), {"000/mine.txt", "notes.txt"});
+  EXPECT_THAT(Files(), UnorderedElementsAreArray(left));
   EXPECT_FALSE(fs::exists(root_ / "001"));
 }
 

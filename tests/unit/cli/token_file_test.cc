@@ -61,6 +61,15 @@ TEST(JsonTokens, NameNegativeAndHugeIds) {
   }
 }
 
+TEST(JsonTokens, RefuseWhatIsNestedSoDeepThatItWouldNotFitTheStack) {
+  for (const char open : {'[', '{'}) {
+    std::string text;
+    for (int i = 0; i < 1000000; ++i) text += open == '[' ? "[" : "{\"a\":";
+    EXPECT_THAT(ParseJsonTokens(text, "a.json"),
+                StatusIs(absl::StatusCode::kInvalidArgument, AllOf(HasSubstr("a.json"), HasSubstr("deep"))));
+  }
+}
+
 TEST(JsonTokens, RefuseOtherDocuments) {
   for (const char* text : {"", "[1, 2", "{\"ids\": [1]}", "7", "\x01\x02", "[1] [2]"}) {
     EXPECT_THAT(ParseJsonTokens(text, "a.json"),

@@ -112,7 +112,7 @@ TEST(GemmBits, OfARowDependNeitherOnThreadsNorOnOtherRows) {
       std::vector<float> got(whole.size());
       LF_ASSERT_OK(RunGemm(three, data.Params(got.data())));
       EXPECT_TRUE(SameBits(got, whole)) << "3 threads";
-      for (int64_t piece : {1, 7, 16, 100, 257}) {
+      for (int64_t piece : {1, 7, 16, 23, 24, 100, 145, 192, 257, 333}) {
         for (int64_t begin = 0; begin < rows; begin += std::max<int64_t>(piece, 97)) {
           GemmParams params = data.Params(got.data());
           params.num_rows = std::min(piece, rows - begin);

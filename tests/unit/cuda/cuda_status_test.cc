@@ -1,6 +1,7 @@
 #include "kernels/cuda/cuda_status.h"
 
 #include "kernels/api/backend.h"
+#include "kernels/cuda/poll.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -45,6 +46,27 @@ TEST(CudaStatusTest, TheFirstErrorThatLosesADeviceIsRemembered) {
   EXPECT_THAT(LostDeviceStatus(kNoSuchDevice),
               StatusIs(absl::StatusCode::kInternal, HasSubstr("cudaErrorIllegalAddress")));
   LF_EXPECT_OK(LostDeviceStatus(kNoSuchDevice - 1));
+  UseDevice(0).IgnoreError();
+}
+
+TEST(PollTest, WaitsForTheAnswer) {
+  int queries = 0;
+  const auto after_three = [&] { return ++queries < 4 ? cudaErrorNotReady : cudaSuccess; };
+  LF_EXPECT_OK(Poll("cudaStreamQuery", after_three));
+  EXPECT_EQ(queries, 4);
+  EXPECT_THAT(Poll("cudaStreamQuery", [] { return cudaErrorInvalidValue; }),
+              StatusIs(absl::StatusCode::kInternal, HasSubstr("cudaStreamQuery: cudaErrorInvalidValue")));
+}
+
+TEST(PollTest, DeviceThatHangsIsLost) {
+  constexpr int kNoSuchDevice = 62;
+  UseDevice(kNoSuchDevice).IgnoreError();
+  const auto never = [] { return cudaErrorNotReady; };
+  EXPECT_THAT(Poll("cudaEventQuery", never, std::chrono::milliseconds(20)),
+              StatusIs(absl::StatusCode::kDeadlineExceeded,
+                       AllOf(HasSubstr("cudaEventQuery: device 62"), HasSubstr("after 20 ms"))));
+  EXPECT_THAT(LostDeviceStatus(kNoSuchDevice),
+              StatusIs(absl::StatusCode::kInternal, HasSubstr("device 62 is lost")));
   UseDevice(0).IgnoreError();
 }
 

@@ -16,7 +16,7 @@ namespace longfill {
 namespace {
 
 constexpr int64_t kRows = 40, kWidth = 256, kHeads = 4, kHeadDim = 64;
-constexpr int64_t kTokens = 512, kKvHeads = 2, kCapacity = 256, kWords = kTokens / 64;
+constexpr int64_t kTokens = 512, kKvHeads = 2, kCapacity = 256, kWords = kTokens / 64, kOutliers = 4;
 
 class GraphCaptureTest : public ::testing::Test {
  protected:
@@ -168,10 +168,17 @@ class LayerGraphTest : public GraphCaptureTest {
     runs_ = Array(kHeads * kCapacity * static_cast<int64_t>(sizeof(DistanceRun)));
     counts_ = Array(kHeads * static_cast<int64_t>(sizeof(IndexCounts)));
     pairs_ = Array(kHeads * static_cast<int64_t>(sizeof(PairCounts)));
+    representatives_ = Array((kOutliers + 1) * kWords * kHeadDim * 2);
+    row_offsets_ = Array(kHeads * (kWords + 1) * 8);
+    key_blocks_ = Array(kHeads * kWords * (kWords + 1) / 2 * 4);
+    num_entries_ = Array(8);
     bounds_ = {.num_q_heads = kHeads, .num_q_rows = kTokens, .head_dim = kHeadDim};
     workspace_ = Array(std::max({kernels().LastQueryWorkspaceBytes(kHeads, kTokens, kHeadDim),
                                  kernels().BuildIndexWorkspaceBytes(kHeads, kWords),
                                  kernels().CountPairsWorkspaceBytes(kHeads, kTokens),
+                                 kernels().ShareSelectionWorkspaceBytes(
+                                     {kHeads / kKvHeads, kTokens, kOutliers + 1, kWords, kHeadDim}),
+                                 kernels().BuildBlockListsWorkspaceBytes(kHeads / kKvHeads, kWords),
                                  kernels().AttentionWorkspaceBytes(bounds_)}));
   }
 
@@ -180,6 +187,12 @@ class LayerGraphTest : public GraphCaptureTest {
   absl::Status Select();
   absl::Status Build(std::vector<IndexView>* indices);
   absl::Status Attend(const std::vector<IndexView>& indices);
+  absl::Status SelectShares(std::vector<IndexView>* indices);
+  absl::Status ShareLayer() {
+    std::vector<IndexView> indices;
+    LF_RETURN_IF_ERROR(SelectShares(&indices));
+    return Attend(indices);
+  }
   absl::Status Layer() {
     LF_RETURN_IF_ERROR(Score());
     LF_RETURN_IF_ERROR(Select());
@@ -191,6 +204,7 @@ class LayerGraphTest : public GraphCaptureTest {
   AttentionBounds bounds_;
   Buffer q_, k_, v_, out_, row_max_, row_sum_, slash_, scores_, cuts_, histogram_, bits_;
   Buffer columns_, distances_, runs_, counts_, pairs_, workspace_;
+  Buffer representatives_, row_offsets_, key_blocks_, num_entries_;
 };
 
 absl::Status LayerGraphTest::Score() {
@@ -278,6 +292,63 @@ absl::Status LayerGraphTest::Attend(const std::vector<IndexView>& indices) {
   params.scale = 0.125F;
   params.sequences = {&sequence, 1};
   return kernels().Attention(params, workspace(), stream());
+}
+
+// 64 tokens are a block, and as many blocks a word of bits: row blocks and key blocks number kWords, and a
+// row of bits is one word.
+absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
+  constexpr int64_t kGroup = kHeads / kKvHeads;
+  LF_RETURN_IF_ERROR(kernels().Zero(num_entries_.data(), 8, stream()));
+  for (int64_t kv_head = 0; kv_head < kKvHeads; ++kv_head) {
+    const int64_t first_head = kv_head * kGroup;
+    LF_RETURN_IF_ERROR(kernels().Representatives(
+        {.k = {Advance(k_.data(), kv_head * kTokens * kHeadDim, DType::kBFloat16), 0, kHeadDim},
+         .num_heads = 1,
+         .num_keys = kTokens,
+         .head_dim = kHeadDim,
+         .num_outliers = kOutliers,
+         .out = representatives_.data()},
+        stream()));
+    const std::vector<float> min_share = {0.1F, 0.3F};
+    LF_RETURN_IF_ERROR(
+        kernels().SelectByShare({.q = {Advance(q_.data(), first_head * kTokens * kHeadDim, DType::kBFloat16),
+                                       kTokens * kHeadDim, kHeadDim},
+                                 .num_heads = kGroup,
+                                 .num_rows = kTokens,
+                                 .representatives = representatives_.data(),
+                                 .num_representatives = kOutliers + 1,
+                                 .num_key_blocks = kWords,
+                                 .head_dim = kHeadDim,
+                                 .scale = 0.125F,
+                                 .min_share = min_share,
+                                 .bits = bits_.as<uint64_t>(),
+                                 .words_per_row = 1},
+                                workspace(), stream()));
+    LF_RETURN_IF_ERROR(
+        kernels().BuildBlockLists({.bits = bits_.as<uint64_t>(),
+                                   .words_per_row = 1,
+                                   .num_heads = kGroup,
+                                   .num_row_blocks = kWords,
+                                   .row_offsets = row_offsets_.as<int64_t>() + first_head * (kWords + 1),
+                                   .row_offsets_stride = kWords + 1,
+                                   .key_blocks = key_blocks_.as<int32_t>(),
+                                   .capacity = key_blocks_.size_bytes() / 4,
+                                   .num_entries = num_entries_.as<int64_t>()},
+                                  workspace(), stream()));
+  }
+  for (int64_t h = 0; h < kHeads; ++h) {
+    indices->push_back({.form = IndexView::Form::kBlockList,
+                        .row_offsets = row_offsets_.as<int64_t>() + h * (kWords + 1),
+                        .key_blocks = key_blocks_.as<int32_t>()});
+  }
+  return kernels().CountPairs({.indices = *indices, .num_tokens = kTokens, .counts = pairs_.as<PairCounts>()},
+                              workspace(), stream());
+}
+
+TEST_F(LayerGraphTest, ShareSelectionAndAttention) {
+  ExpectReplayEqual(out_, [&] { return ShareLayer(); });
+  ExpectReplayEqual(pairs_, [&] { return ShareLayer(); });
+  ExpectReplayEqual(num_entries_, [&] { return ShareLayer(); });
 }
 
 TEST_F(LayerGraphTest, SelectionAndAttention) {

@@ -25,7 +25,10 @@ namespace {
   const absl::Status health = (*backend)->Health();
   check(health.code() == absl::StatusCode::kInternal, "Health reports the fault");
   check(health.message().find("cudaErrorIllegalAddress") != absl::string_view::npos, "Health names it");
-  check(!(*backend)->memory().Allocate(1 << 20, "more").ok(), "there is no more memory");
+  for (MemoryResource* memory : {&(*backend)->memory(), &(*backend)->host_memory()}) {
+    check(memory->Allocate(1 << 20, "more").status().code() == absl::StatusCode::kInternal,
+          "memory that cannot be had says why");
+  }
   check(!CreateCudaBackend({}).ok(), "there is no second backend");
   std::fprintf(stderr, "lost and said so\n");
   std::_Exit(0);

@@ -192,13 +192,15 @@ struct Refusal {
 
 TEST(ModelConfig, RefusesUnsupportedFeaturesByNameAndValue) {
   const Refusal refusals[] = {
-      {"rope_scaling", {{"rope_type", "longrope"}}, "rope_scaling.rope_type is 'longrope'"},
       {"rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}, "rope_scaling.type is 'dynamic'"},
       {"rope_parameters", {{"rope_type", "proportional"}}, "rope_parameters.rope_type is 'proportional'"},
       {"rope_parameters",
        {{"full_attention", {{"rope_type", "default"}}}},
        "rope_parameters differs between"},
-      {"sliding_window", 4096, "sliding_window is 4096"},
+      {"sliding_window", 4096, "sliding_window is 4096: the family llama has no"},
+      {"dual_chunk_attention_config",
+       {{"chunk_size", 262144}},
+       "dual_chunk_attention_config is not supported for llama"},
       {"layer_types", {"full_attention", "sliding_attention"}, "layer_types holds \"sliding_attention\""},
       {"quantization_config", {{"quant_method", "gptq"}}, "gptq"},
       {"hidden_act", "relu", "hidden_act is 'relu'"},
@@ -275,6 +277,17 @@ TEST(ModelConfig, RefusesBadValuesNamingKeyAndValue) {
        {{"rope_type", "yarn"}, {"factor", 2.0}, {"attention_factor", -1}},
        "attention_factor -1"},
       {"rope_scaling", {{"rope_type", 7}}, "rope_scaling.rope_type is 7"},
+      {"rope_scaling", {{"rope_type", "longrope"}}, "rope_scaling.short_factor is missing"},
+      {"rope_scaling",
+       {{"rope_type", "longrope"}, {"short_factor", {1.0, "2"}}, {"long_factor", {1.0, 2.0}}},
+       "rope_scaling.short_factor is [1.0,\"2\"]"},
+      {"rope_scaling",
+       {{"rope_type", "longrope"}, {"short_factor", {1.0, 2.0}}, {"long_factor", 3}},
+       "rope_scaling.long_factor is 3"},
+      {"rope_scaling",
+       {{"rope_type", "longrope"}, {"short_factor", {1.0, 2.0}}, {"long_factor", {1.0, 2.0, 3.0}}},
+       "long_factor has 3 numbers"},
+      {"layer_types", {"full_attention"}, "layer_types is [\"full_attention\"], must be a list of 2"},
       {"rope_scaling", "linear", "rope_scaling is \"linear\", must be an object"},
   };
   for (const Refusal& refusal : refusals) {
@@ -293,6 +306,181 @@ TEST(ModelConfig, RefusesBadValuesNamingKeyAndValue) {
   json["num_key_value_heads"] = 5;
   EXPECT_THAT(Parse(json), StatusIs(absl::StatusCode::kInvalidArgument,
                                     HasSubstr("head_dim is missing and hidden_size 12")));
+}
+
+// TinyLlamaConfig() as another family.
+Json TinyOf(const char* architecture, const Json& changes) {
+  Json json = With("architectures", {architecture});
+  json.update(changes);
+  return json;
+}
+
+TEST(ModelConfig, MistralHasItsWindowInEveryLayer) {
+  LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(TinyOf("MistralForCausalLM", {{"sliding_window", 64}})));
+  EXPECT_EQ(config.layer_windows, (std::vector<int64_t>{64, 64}));
+  EXPECT_EQ(config.WindowOf(1), 64);
+  LF_ASSERT_OK_AND_ASSIGN(config, Parse(TinyOf("MistralForCausalLM", {{"sliding_window", nullptr}})));
+  EXPECT_TRUE(config.layer_windows.empty());
+  EXPECT_EQ(config.WindowOf(1), 0);
+  // absent keys: as MistralConfig has them
+  Json json = TinyOf("MistralForCausalLM", {{"num_attention_heads", 8}});
+  json.erase("num_key_value_heads");
+  LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+  EXPECT_EQ(config.layer_windows, (std::vector<int64_t>{4096, 4096}));
+  EXPECT_EQ(config.num_kv_heads, 8);
+  EXPECT_THAT(Parse(TinyOf("MistralForCausalLM", {{"sliding_window", 0}})),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("sliding_window is 0")));
+}
+
+TEST(ModelConfig, Qwen2AndQwen3HaveWindowsInUpperLayersWhereTheyAreUsed) {
+  for (const char* architecture : {"Qwen2ForCausalLM", "Qwen3ForCausalLM"}) {
+    SCOPED_TRACE(architecture);
+    Json json = TinyOf(architecture, {{"sliding_window", 64}, {"max_window_layers", 1}});
+    LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(json));
+    EXPECT_TRUE(config.layer_windows.empty());  // use_sliding_window is false by default
+    json["use_sliding_window"] = true;
+    LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+    EXPECT_EQ(config.layer_windows, (std::vector<int64_t>{0, 64}));
+    json["layer_types"] = {"sliding_attention", "full_attention"};
+    LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+    EXPECT_EQ(config.layer_windows, (std::vector<int64_t>{64, 0}));
+    json["layer_types"] = {"chunked_attention", "full_attention"};
+    EXPECT_THAT(Parse(json), StatusIs(absl::StatusCode::kUnimplemented,
+                                      HasSubstr("layer_types holds \"chunked_attention\"")));
+    json["layer_types"] = {"sliding_attention", "full_attention"};
+    json["use_sliding_window"] = false;
+    EXPECT_THAT(Parse(json),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("without a sliding_window in use")));
+    json.erase("layer_types");
+    json["use_sliding_window"] = true;
+    json["max_window_layers"] = 28;
+    LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+    EXPECT_TRUE(config.layer_windows.empty());
+  }
+}
+
+TEST(ModelConfig, YarnBeyondMaxPositionEmbeddingsTakesLongerPrompts) {
+  Json json =
+      With("rope_scaling", {{"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 256}});
+  LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(json));
+  EXPECT_EQ(config.max_position_embeddings, 1024);
+  json["max_position_embeddings"] = 2000;
+  LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+  EXPECT_EQ(config.max_position_embeddings, 2000);
+  json["rope_scaling"]["factor"] = 1e300;
+  LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+  EXPECT_EQ(config.max_position_embeddings, 1 << 28);
+}
+
+TEST(ModelConfig, DualChunkAttentionIsReadAndChecked) {
+  Json json = TinyOf(
+      "Qwen2ForCausalLM",
+      {{"max_position_embeddings", 1010000},
+       {"dual_chunk_attention_config",
+        {{"chunk_size", 262144}, {"local_size", 8192}, {"original_max_position_embeddings", 262144}}}});
+  LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(json));
+  EXPECT_EQ(config.rope.dual_chunk, (DualChunk{262144, 8192}));
+  EXPECT_EQ(config.rope.dual_chunk_original_tokens, 262144);
+  EXPECT_EQ(config.max_position_embeddings, 1010000);
+  json["dual_chunk_attention_config"].erase("original_max_position_embeddings");
+  LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+  EXPECT_EQ(config.rope.dual_chunk_original_tokens, 0);
+
+  const auto expect = [&](const Json& changes, absl::StatusCode code, const char* text) {
+    Json broken = json;
+    broken.merge_patch(changes);
+    EXPECT_THAT(Parse(broken), StatusIs(code, HasSubstr(text)));
+  };
+  const auto inner = [](const Json& changes) { return Json{{"dual_chunk_attention_config", changes}}; };
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  const auto unsupported = absl::StatusCode::kUnimplemented;
+  expect(inner({{"local_size", 262144}}), invalid, "dual_chunk_attention_config.local_size is 262144");
+  expect(inner({{"local_size", 0}}), invalid, "dual_chunk_attention_config.local_size is 0");
+  expect(inner({{"chunk_size", nullptr}}), invalid, "chunk_size is missing");
+  expect(inner({{"original_max_position_embeddings", 0}}), invalid, "original_max_position_embeddings is 0");
+  expect(inner({{"local_size", 8193}}), unsupported, "253951, supported: multiples of 128");
+  expect({{"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}}}, unsupported, "with rope scaling linear");
+  expect({{"use_sliding_window", true}, {"sliding_window", 64}, {"max_window_layers", 0}}, unsupported,
+         "with a sliding window");
+}
+
+TEST(ModelConfig, Phi3TakesLongRopeUnderItsThreeNames) {
+  for (const char* name : {"longrope", "su", "yarn"}) {
+    Json json = TinyOf(
+        "Phi3ForCausalLM",
+        {{"original_max_position_embeddings", 64},
+         {"rope_scaling", {{"type", name}, {"short_factor", {1.0, 1.5}}, {"long_factor", {2.0, 9.0}}}}});
+    LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(json));
+    EXPECT_EQ(config.rope.scaling, RopeScaling::kLongRope);
+    EXPECT_EQ(config.rope.original_max_position_embeddings, 64);
+    EXPECT_EQ(config.rope.factor, 4.0);  // 256 / 64
+    EXPECT_EQ(config.rope.short_factor, (std::vector<double>{1.0, 1.5}));
+    EXPECT_EQ(config.rope.long_factor, (std::vector<double>{2.0, 9.0}));
+    EXPECT_EQ(config.rope.attention_factor, std::nullopt);
+    json["rope_scaling"]["original_max_position_embeddings"] = 128;  // the top level counts
+    json["rope_scaling"]["attention_factor"] = 1.25;
+    json["rope_scaling"]["factor"] = 3.0;
+    LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+    EXPECT_EQ(config.rope.original_max_position_embeddings, 64);
+    EXPECT_EQ(config.rope.factor, 3.0);
+    EXPECT_EQ(config.rope.attention_factor, 1.25);
+    json.erase("original_max_position_embeddings");  // Phi3Config has 4096
+    LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+    EXPECT_EQ(config.rope.original_max_position_embeddings, 4096);
+  }
+  EXPECT_THAT(Parse(With("rope_scaling", {{"type", "su"}})),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("rope_scaling.type is 'su'")));
+}
+
+TEST(ModelConfig, Qwen3HasItsOwnHeadDim) {
+  Json json = With("architectures", {"Qwen3ForCausalLM"});
+  json.erase("head_dim");
+  LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(json));
+  EXPECT_EQ(config.head_dim, 128);
+  EXPECT_FALSE(config.attention_bias);
+}
+
+TEST(ModelConfig, GlmRotatesHalfOfAHeadInPairs) {
+  Json json = With("architectures", {"GlmForCausalLM"});
+  json.erase("rms_norm_eps");
+  LF_ASSERT_OK_AND_ASSIGN(ModelConfig config, Parse(json));
+  EXPECT_EQ(config.rope.form, RotaryForm::kInterleaved);
+  EXPECT_EQ(config.rope.rotary_dim, 2);
+  EXPECT_EQ(config.rms_norm_eps, 1.5625e-07);
+  EXPECT_TRUE(config.attention_bias);
+  json["partial_rotary_factor"] = 1.0;
+  LF_ASSERT_OK_AND_ASSIGN(config, Parse(json));
+  EXPECT_EQ(config.rope.rotary_dim, 4);
+}
+
+TEST(ModelConfig, ChatGlmOfRemoteCodeIsReadInItsOwnSpelling) {
+  const Json remote = Json::parse(
+      ReadText(std::string(LONGFILL_SOURCE_DIR) + "/tests/golden/data/chatglm-remote-code/config.json"));
+  LF_ASSERT_OK_AND_ASSIGN(const ModelConfig config, Parse(remote));
+  LF_ASSERT_OK_AND_ASSIGN(const ModelConfig native, LoadModelConfig(std::string(LONGFILL_SOURCE_DIR) +
+                                                                    "/tests/golden/data/glm-native"));
+  EXPECT_EQ(config.family, "chatglm");
+  EXPECT_EQ(config.num_layers, native.num_layers);
+  EXPECT_EQ(config.num_kv_heads, native.num_kv_heads);
+  EXPECT_EQ(config.head_dim, native.head_dim);
+  EXPECT_EQ(config.intermediate_size, native.intermediate_size);
+  EXPECT_EQ(config.vocab_size, native.vocab_size);
+  EXPECT_EQ(config.max_position_embeddings, native.max_position_embeddings);
+  EXPECT_EQ(config.rms_norm_eps, native.rms_norm_eps);
+  EXPECT_EQ(config.attention_bias, native.attention_bias);
+  EXPECT_EQ(config.rope, native.rope);  // rope_ratio 500 is theta 5,000,000
+  const std::pair<const char*, bool> refused[] = {{"rmsnorm", false},
+                                                  {"post_layer_norm", false},
+                                                  {"apply_residual_connection_post_layernorm", true},
+                                                  {"add_bias_linear", true},
+                                                  {"multi_query_attention", false},
+                                                  {"original_rope", false}};
+  for (const auto& [key, value] : refused) {
+    Json other = remote;
+    other[key] = value;
+    EXPECT_THAT(Parse(other), StatusIs(absl::StatusCode::kUnimplemented,
+                                       AllOf(HasSubstr(std::string(key) + " is "), HasSubstr("chatglm"))));
+  }
 }
 
 TEST(ModelConfig, RefusesTextThatIsNotAStrictJsonObject) {

@@ -1,4 +1,5 @@
 #include "models/device_weights.h"
+#include "models/weight_fill.h"
 
 #include <cmath>
 #include <cstring>

@@ -1,5 +1,6 @@
 #include "models/fingerprint.h"
 
+#include <set>
 #include <utility>
 
 #include "tests/testing/status_matchers.h"
@@ -57,6 +58,26 @@ TEST(ModelFingerprint, ChangesWithConfigAndWeights) {
   for (const size_t byte : {0, 1, 500, 2000}) {  // small tensors are sampled whole
     EXPECT_NE(FingerprintOf(TinyLlamaConfig(), TinyLlamaTensors(), 0, byte), fingerprint) << byte;
   }
+}
+
+TEST(ModelFingerprint, ChangesWithDualChunks) {
+  const TempDir dir;
+  WriteText(dir.File("config.json"), TinyLlamaConfig().dump());
+  WriteText(dir.File("model.safetensors"), SafetensorsOf(TinyLlamaTensors()));
+  LF_ASSERT_OK_AND_ASSIGN(const ModelConfig plain, LoadModelConfig(dir.path()));
+  LF_ASSERT_OK_AND_ASSIGN(const auto weights, ModelWeights::Load(dir.path(), plain));
+  std::set<std::string> fingerprints;
+  for (const auto& [dual_chunk, original] : {std::pair(DualChunk{}, 0),
+                                             {DualChunk{160, 32}, 0},
+                                             {DualChunk{192, 64}, 0},
+                                             {DualChunk{160, 32}, 160}}) {
+    ModelConfig config = plain;
+    config.rope.dual_chunk = dual_chunk;
+    config.rope.dual_chunk_original_tokens = original;
+    LF_ASSERT_OK_AND_ASSIGN(const std::string fingerprint, ModelFingerprint(config, *weights));
+    EXPECT_TRUE(fingerprints.insert(fingerprint).second) << dual_chunk.chunk_size << " " << original;
+  }
+  EXPECT_TRUE(fingerprints.contains(FingerprintOf(TinyLlamaConfig(), TinyLlamaTensors())));
 }
 
 TEST(ModelFingerprint, ShardingDoesNotMatter) {

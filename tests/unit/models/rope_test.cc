@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <cstring>
+#include <filesystem>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -155,7 +157,8 @@ TEST(RotaryTable, EqualsGoldenModels) {
     SCOPED_TRACE(folder);
     LF_ASSERT_OK_AND_ASSIGN(const ModelConfig config, LoadModelConfig(folder));
     LF_ASSERT_OK_AND_ASSIGN(const auto golden, SafetensorsFile::Open(folder + "/golden.safetensors"));
-    LF_ASSERT_OK_AND_ASSIGN(const RotaryTable table, BuildRotaryTable(config.rope, 100));
+    const auto num_tokens = static_cast<int64_t>(std::filesystem::file_size(folder + "/tokens.i32") / 4);
+    LF_ASSERT_OK_AND_ASSIGN(const RotaryTable table, BuildRotaryTable(config.rope, num_tokens));
     const std::vector<float> inv_freq = Floats(*golden, "rope.inv_freq");
     const std::vector<float> factor = Floats(*golden, "rope.attention_factor");
     ASSERT_EQ(inv_freq.size(), table.inv_freq.size());
@@ -175,6 +178,21 @@ TEST(RotaryTable, FrequenciesAreFp32Numbers) {
   }
 }
 
+// 0.1 ln(tokens / original) + 1
+TEST(RotaryTable, DualChunksScalePromptsBeyondTheOriginalLength) {
+  RopeConfig rope = Rope(1e7, RopeScaling::kNone, 1.0, 0);
+  rope.dual_chunk = {262144, 8192};
+  for (const auto& [original, num_tokens, scale] : {std::tuple(0, 1010000, 1.0),
+                                                    {262144, 262144, 1.0},
+                                                    {262144, 1, 1.0},
+                                                    {262144, 524288, 1.0693147},
+                                                    {262144, 1010000, 1.1348812}}) {
+    rope.dual_chunk_original_tokens = original;
+    LF_ASSERT_OK_AND_ASSIGN(const RotaryTable table, BuildRotaryTable(rope, num_tokens));
+    EXPECT_NEAR(table.attention_scale, scale, 1e-6) << num_tokens << " of " << original;
+  }
+}
+
 TEST(RotaryTable, LengthOfThePromptDoesNotMatterToTheseKinds) {
   for (const RopeScaling scaling :
        {RopeScaling::kNone, RopeScaling::kLinear, RopeScaling::kLlama3, RopeScaling::kYarn}) {
@@ -184,6 +202,59 @@ TEST(RotaryTable, LengthOfThePromptDoesNotMatterToTheseKinds) {
     EXPECT_EQ(empty.inv_freq, longest.inv_freq) << RopeScalingName(scaling);
     EXPECT_EQ(empty.attention_scale, longest.attention_scale) << RopeScalingName(scaling);
   }
+}
+
+RopeConfig LongRope(double factor, int64_t original) {
+  RopeConfig rope = Rope(10000.0, RopeScaling::kLongRope, factor, original);
+  rope.rotary_dim = 4;
+  rope.short_factor = {1.0, 2.0};
+  rope.long_factor = {4.0, 50.0};
+  return rope;
+}
+
+// The set changes with the first token beyond the original length, for all positions; the scale does not.
+TEST(RotaryTable, LongRopeTakesItsFactorsByTheLengthOfThePrompt) {
+  const RopeConfig rope = LongRope(32.0, 4096);
+  const double expected_scale = std::sqrt(1.0 + std::log(32.0) / std::log(4096.0));  // 1.1902 of Phi-3-mini
+  for (const int64_t num_tokens : {0, 1, 4096}) {
+    LF_ASSERT_OK_AND_ASSIGN(const RotaryTable table, BuildRotaryTable(rope, num_tokens));
+    EXPECT_NEAR(table.inv_freq[0], 1.0, 1e-7);
+    EXPECT_NEAR(table.inv_freq[1], 0.01 / 2.0, 1e-9);
+    EXPECT_NEAR(table.attention_scale, expected_scale, 1e-6);
+  }
+  for (const int64_t num_tokens : {4097, 1 << 20}) {
+    LF_ASSERT_OK_AND_ASSIGN(const RotaryTable table, BuildRotaryTable(rope, num_tokens));
+    EXPECT_NEAR(table.inv_freq[0], 0.25, 1e-7);
+    EXPECT_NEAR(table.inv_freq[1], 0.01 / 50.0, 1e-9);
+    EXPECT_NEAR(table.attention_scale, expected_scale, 1e-6);
+  }
+}
+
+TEST(RotaryTable, LongRopeScalesByItsAttentionFactorOrNotBelowTheOriginalLength) {
+  RopeConfig rope = LongRope(0.5, 4096);
+  LF_ASSERT_OK_AND_ASSIGN(RotaryTable table, BuildRotaryTable(rope, 1));
+  EXPECT_EQ(table.attention_scale, 1.0f);
+  rope.attention_factor = 1.25;
+  LF_ASSERT_OK_AND_ASSIGN(table, BuildRotaryTable(rope, 1));
+  EXPECT_EQ(table.attention_scale, 1.25f);
+}
+
+TEST(RotaryTable, LongRopeRefusesFactorsThatDoNotFit) {
+  const auto refused = [](const RopeConfig& rope, const char* in_message) {
+    EXPECT_THAT(BuildRotaryTable(rope, 1),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(in_message)));
+  };
+  RopeConfig rope = LongRope(32.0, 4096);
+  rope.long_factor = {1.0};
+  refused(rope, "long_factor has 1 numbers, must have rotary_dim / 2 = 2");
+  rope = LongRope(32.0, 4096);
+  rope.short_factor[1] = 0.0;
+  refused(rope, "short_factor 0 must be finite and above 0");
+  rope = LongRope(32.0, 4096);
+  rope.attention_factor = -1.0;
+  refused(rope, "attention_factor -1");
+  refused(LongRope(32.0, 1), "original_max_position_embeddings 1");
+  refused(LongRope(-1.0, 64), "factor -1");
 }
 
 // A correction range that lies wholly outside the dimensions, and one of a single point, give finite

@@ -111,8 +111,10 @@ class TransformerTest : public BackendTest {
         SparseIndexBuilder::Create(backend(), *world, GeometryOf(config_), Coverage::kTiles));
     LF_ASSERT_OK_AND_ASSIGN(const auto attention,
                             ParallelAttention::Create(backend(), *world, Mesh{1, 1}, GeometryOf(config_)));
-    const std::vector<HeadPattern> patterns(static_cast<size_t>(config_.num_q_heads), pattern);
     for (int64_t layer = 0; layer < config_.num_layers; ++layer) {
+      const std::vector<HeadPattern> patterns(
+          static_cast<size_t>(config_.num_q_heads),
+          BoundByWindow(pattern, config_.WindowOf(layer), static_cast<int64_t>(ids.size())));
       LF_ASSERT_OK(run->transformer->RunLayer(
           layer, patterns,
           {.index_builder = &builder, .attention = attention.get(), .replace_index = replace_index},

@@ -405,7 +405,10 @@ TEST(ModelWeights, GoldenModelsLoad) {
       const LayerWeights& w = weights->layer(layer);
       EXPECT_EQ(w.q_proj.bias != nullptr, config.attention_bias || config.family == "qwen2");
       EXPECT_EQ(w.v_proj.bias != nullptr, config.attention_bias || config.family == "qwen2");
-      EXPECT_EQ(w.o_proj.bias != nullptr, config.attention_bias);
+      const bool glm = config.family == "glm" || config.family == "chatglm";
+      EXPECT_EQ(w.o_proj.bias != nullptr, config.attention_bias && !glm);
+      EXPECT_EQ(w.q_norm != nullptr, config.family == "qwen3");
+      EXPECT_EQ(w.k_norm != nullptr, config.family == "qwen3");
       EXPECT_EQ(w.up_proj.bias != nullptr, config.mlp_bias);
     }
     ExpectAllFinite(weights->final_norm(), config.hidden_size, "final norm");

@@ -86,6 +86,35 @@ TEST(StagedCommunicator, ADeviceThatIsLostEndsTheGroup) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// The copies to the host and back are part of what an exchange takes.
+TEST(StagedCommunicator, CountsTheTimeOfItsCopies) {
+  const auto hosts = CreateInProcessCommunicators(2, {.timeout = std::chrono::seconds(60)});
+  std::vector<std::thread> threads;
+  threads.reserve(2);
+  for (int rank = 0; rank < 2; ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto slow_copies = [](std::string_view call) {
+        if (call.starts_with("Copy")) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        return absl::OkStatus();
+      };
+      const auto backend = CreateGuardedBackend({.fault = slow_copies});
+      LF_ASSERT_OK_AND_ASSIGN(const auto world, CreateStagedCommunicator(*hosts[rank], *backend));
+      LF_ASSERT_OK_AND_ASSIGN(const Buffer data, backend->memory().Allocate(80, "an exchange"));
+      Stream& stream = backend->stream();
+      LF_ASSERT_OK(backend->kernels().Zero(data.data(), 80, stream));
+      EXPECT_EQ(world->seconds(), 0);
+      const auto begin = std::chrono::steady_clock::now();
+      for (int i = 0; i < 3; ++i) {
+        LF_ASSERT_OK(world->AllReduce(data.data(), 10, ReduceType::kInt64, ReduceOp::kSum, stream));
+      }
+      const std::chrono::duration<double> all = std::chrono::steady_clock::now() - begin;
+      EXPECT_GE(world->seconds(), hosts[rank]->seconds() + 6 * 0.020);
+      EXPECT_LE(world->seconds(), all.count());
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 // Bad arguments are what the communicator below says of them.
 TEST(StagedCommunicator, MismatchedCallsAreNamed) {
   const auto hosts = CreateInProcessCommunicators(2, {.timeout = std::chrono::seconds(60)});

@@ -46,7 +46,9 @@ KvManifest FullManifest() {
 }
 
 TEST(KvManifest, ReadsBackAsWritten) {
-  for (const KvManifest& written : {FullManifest(), KvManifest{}}) {
+  KvManifest chunked = FullManifest();
+  chunked.rotary_chunk_tokens = 253952;
+  for (const KvManifest& written : {FullManifest(), KvManifest{}, chunked}) {
     LF_ASSERT_OK_AND_ASSIGN(const KvManifest read, KvManifest::FromJson(written.ToJson()));
     EXPECT_EQ(read.request_id, written.request_id);
     EXPECT_EQ(read.transfer_id, written.transfer_id);
@@ -59,6 +61,7 @@ TEST(KvManifest, ReadsBackAsWritten) {
     EXPECT_EQ(read.num_layers, written.num_layers);
     EXPECT_EQ(read.num_kv_heads, written.num_kv_heads);
     EXPECT_EQ(read.head_dim, written.head_dim);
+    EXPECT_EQ(read.rotary_chunk_tokens, written.rotary_chunk_tokens);
     EXPECT_EQ(read.dtype, written.dtype);
     EXPECT_EQ(read.layout, written.layout);
     ASSERT_EQ(read.shards.size(), written.shards.size());

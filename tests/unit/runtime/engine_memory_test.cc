@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/engine/prefill_engine.h"
 #include "runtime/kv/kv_discard_sink.h"
+#include "tests/testing/sanitized.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/runtime/fake_device.h"
 
@@ -45,7 +46,7 @@ TEST_F(MemoryPlanTest, GrowsWithThePrompt) {
     int64_t previous = PlanMemory(Input(mesh, 0)).TotalBytes();
     for (int64_t num_tokens = 1; num_tokens < 5000; num_tokens += num_tokens < 300 ? 1 : 37) {
       MemoryPlanInput input = Input(mesh, num_tokens);
-      input.keep_kv = true;
+      input.kv_tier = {.kind = KvTierKind::kHost};
       const int64_t total = PlanMemory(input).TotalBytes();
       ASSERT_GE(total, previous) << num_tokens << " tokens, mesh " << ToString(mesh);
       previous = total;
@@ -74,7 +75,7 @@ TEST_F(MemoryPlanTest, DeviceAndHostAreCheckedByThemselves) {
   input.kernels = &device.kernels();
   input.weights_in_pool = true;
   input.outside_bytes = 50;
-  input.keep_kv = true;
+  input.kv_tier = {.kind = KvTierKind::kHost};
   input.kv_export = {.num_buffers = 3, .buffer_bytes = 100};
   const MemoryPlan plan = PlanMemory(input);
   EXPECT_EQ(plan.kv_ring_bytes, 300);
@@ -96,6 +97,9 @@ TEST_F(MemoryPlanTest, DeviceAndHostAreCheckedByThemselves) {
   EXPECT_THAT(CheckFits(input, budget),
               StatusIs(absl::StatusCode::kResourceExhausted,
                        HasSubstr(absl::StrCat(plan.HostBytes(), " bytes of host memory"))));
+  input.staged_exchange = false;
+  EXPECT_EQ(PlanMemory(input).staging_bytes, 0) << "from device to device";
+  input.staged_exchange = true;
   input.mesh = {1, 1};
   EXPECT_EQ(PlanMemory(input).staging_bytes, 0);
 }
@@ -113,7 +117,7 @@ TEST_F(MemoryPlanTest, KeepingTheKvAddsItsBytes) {
       for (const int64_t num_tokens : {1, 127, 128, 129, 1337}) {
         MemoryPlanInput input = Input(mesh, num_tokens);
         const int64_t without = PlanMemory(input).TotalBytes();
-        input.keep_kv = true;
+        input.kv_tier = {.kind = KvTierKind::kHost};
         input.kv_dtype = dtype;
         const ShardPlan plan(mesh, num_tokens);
         int64_t most = 0;
@@ -123,6 +127,33 @@ TEST_F(MemoryPlanTest, KeepingTheKvAddsItsBytes) {
       }
     }
   }
+}
+
+// A budget of the device counts whole, a ring of the host as far as the prompt fills it.
+TEST_F(MemoryPlanTest, TiersCountTheirBytes) {
+  FakeDevice device;
+  MemoryPlanInput input = Input({2, 1}, 1000);
+  input.kernels = &device.kernels();
+  const MemoryPlan without = PlanMemory(input);
+  input.kv_tier = {.kind = KvTierKind::kDevice, .bytes = 600000};
+  const MemoryPlan on_device = PlanMemory(input);
+  EXPECT_EQ(on_device.DeviceBytes() - without.DeviceBytes(), 600000);
+  EXPECT_EQ(on_device.PoolBytes() - without.PoolBytes(), 600000);
+  EXPECT_EQ(on_device.HostBytes() - without.HostBytes(), 8 << 20);
+  EXPECT_EQ(on_device.kv_needed_bytes, 2 * 2 * 2 * 32 * 512 * 2);  // 512 rows of bfloat16
+  const MemoryBudget plenty = {.device_bytes = int64_t{1} << 40, .host_bytes = int64_t{1} << 40};
+  LF_EXPECT_OK(CheckFits(input, plenty));
+  input.num_tokens = 20000;
+  EXPECT_THAT(CheckFits(input, plenty),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr("600000 are kept for KV caches on the device"),
+                             HasSubstr("up to 2322 tokens"))));
+  input.kv_tier = {.kind = KvTierKind::kReader, .bytes = 1 << 20};
+  input.kv_dtype = DType::kBFloat16;
+  EXPECT_EQ(PlanMemory(input).kv_store_bytes, 1 << 20);
+  EXPECT_EQ(PlanMemory(input).kv_budget_bytes, 0);
+  input.num_tokens = 100;
+  EXPECT_EQ(PlanMemory(input).kv_store_bytes, 2 * 2 * 2 * 32 * 100 * 2);
 }
 
 TEST_F(MemoryPlanTest, RefusesWithTheLongestPromptThatFits) {
@@ -175,8 +206,8 @@ constexpr char kMixedPatterns[] =
 void ExpectPeakIsThePlan(const EngineOptions& options, const ModelConfig& config) {
   const auto world = CreateSingleCommunicator();
   LF_ASSERT_OK_AND_ASSIGN(const auto engine, PrefillEngine::Create(options, *world));
-  for (const char* attention :
-       {"dense", "a-shape:7,70", "vertical-slash:1000,6096", "block-sparse:3", kMixedPatterns}) {
+  for (const char* attention : {"dense", "a-shape:7,70", "vertical-slash:1000,6096", "block-sparse:3",
+                                "block-share:3,0.1", kMixedPatterns}) {
     for (const int64_t num_tokens : {1, 64, 129, 3001}) {
       SCOPED_TRACE(absl::StrCat(num_tokens, " tokens, ", attention));
       PrefillRequest request;
@@ -195,6 +226,57 @@ void ExpectPeakIsThePlan(const EngineOptions& options, const ModelConfig& config
       EXPECT_EQ(result.logits.size(), request.logits_positions.size() * config.vocab_size);
     }
   }
+}
+
+// A monitor takes what is planned; a guard no more than that, and how much is known when all heads fall
+// short.
+TEST_F(MemoryPlanTest, PeakOfAWatchedPromptIsInThePlan) {
+  config_.max_position_embeddings = 4096;
+  const auto world = CreateSingleCommunicator();
+  LF_ASSERT_OK_AND_ASSIGN(
+      const auto engine,
+      PrefillEngine::Create({.bench_model = BenchModel{.config = config_, .seed = 1}}, *world));
+  for (const char* attention :
+       {"a-shape:7,70", "vertical-slash:100,200", "block-sparse:3", "block-share:3,0.1", kMixedPatterns}) {
+    if (kSanitized && attention != kMixedPatterns) continue;
+    for (const double min_recall : {0.0, 1.0}) {
+      for (const int64_t num_tokens : {1, 129, 3001}) {
+        SCOPED_TRACE(absl::StrCat(num_tokens, " tokens, ", attention, ", least recall ", min_recall));
+        PrefillRequest request;
+        request.token_ids.resize(num_tokens);
+        for (int64_t i = 0; i < num_tokens; ++i) request.token_ids[i] = static_cast<int32_t>(i * 37 % 97);
+        request.attention.text = attention;
+        if (attention == kMixedPatterns) request.attention = {"mixed.json", attention};
+        request.recall = {.monitor = true, .min_recall = min_recall};
+        LF_ASSERT_OK_AND_ASSIGN(const PrefillResult result,
+                                engine->Prefill(request, MakeKvDiscardSinkFactory(), {}));
+        const PrefillFigures& figures = result.figures;
+        EXPECT_LE(figures.peak_device_bytes, figures.planned_device_bytes);
+        EXPECT_GE(static_cast<double>(figures.peak_device_bytes),
+                  (min_recall == 0 ? 0.97 : 0.6) * static_cast<double>(figures.planned_device_bytes));
+        EXPECT_EQ(figures.planned_device_bytes, engine->PlanMemory(request).PoolBytes());
+        if (num_tokens != 129) {  // where some patterns leave out keys
+          EXPECT_EQ(figures.recall.recomputed > 0, num_tokens == 3001 && min_recall == 1);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(MemoryPlanTest, NobodyWhoWatchesTakesNothing) {
+  MemoryPlanInput input = Input({2, 2}, 3000);
+  patterns_ = PatternSet::Uniform(VerticalSlash{100, 200}, config_.num_layers, config_.num_q_heads);
+  const MemoryPlan without = PlanMemory(input);
+  input.recall.monitor = true;
+  const MemoryPlan watched = PlanMemory(input);
+  EXPECT_GE(watched.attention_bytes, without.attention_bytes);
+  EXPECT_EQ(watched.index_bytes, without.index_bytes);
+  input.recall.min_recall = 0.9;
+  EXPECT_GT(PlanMemory(input).index_bytes, without.index_bytes) << "indices of four times the budgets";
+  patterns_ = PatternSet::Uniform(Dense{}, config_.num_layers, config_.num_q_heads);
+  const int64_t guarded = PlanMemory(input).PoolBytes();
+  input.recall = {};
+  EXPECT_EQ(PlanMemory(input).PoolBytes(), guarded) << "dense heads are not watched";
 }
 
 TEST_F(MemoryPlanTest, PeakOfAPromptIsThePlanOnTheCpu) {

@@ -18,6 +18,7 @@ PrefillRequest FullRequest() {
   request.coverage = Coverage::kParity;
   request.logits_positions = {4, 0, 4, int64_t{1} << 40};
   request.kv_dtype = DType::kBFloat16;
+  request.recall = {.monitor = true, .min_recall = 0.975};
   return request;
 }
 
@@ -42,6 +43,7 @@ TEST(RankCommand, PrefillComesBackAsItWasSent) {
     EXPECT_EQ(got.coverage, sent.coverage);
     EXPECT_EQ(got.logits_positions, sent.logits_positions);
     EXPECT_EQ(got.kv_dtype, sent.kv_dtype);
+    EXPECT_EQ(got.recall, sent.recall);
   }
 }
 

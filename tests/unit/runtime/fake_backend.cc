@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "runtime/kv/kv_exporter.h"
 
 namespace longfill {
 
@@ -39,6 +40,7 @@ class FakeGroup::Rank final : public PrefillBackend {
             .activation_bytes = 1,
             .index_bytes = 2,
             .attention_bytes = 3,
+            .kv_budget_bytes = 6,
             .outside_bytes = 4,
             .logits_bytes = 8,
             .staging_bytes = 9,
@@ -100,7 +102,17 @@ class FakeGroup::Rank final : public PrefillBackend {
       LF_ASSIGN_OR_RETURN(auto sink, (rank == 0 ? sink_factory : FactoryOf(rank))(specs.back()));
       sinks.push_back(std::move(sink));
     }
-    const absl::Status outcome = Run(request, specs, sinks, callbacks);
+    const std::unique_ptr<Backend> device = CreateCpuBackend(1);
+    KvRing ring;
+    std::vector<std::unique_ptr<KvExporter>> exporters;
+    for (const auto& sink : sinks) {
+      LF_ASSIGN_OR_RETURN(auto exporter, KvExporter::Create(*device, ring, *sink,
+                                                            {.num_kv_heads = model().num_kv_heads,
+                                                             .head_dim = model().head_dim},
+                                                            {.should_stop = callbacks.should_stop}));
+      exporters.push_back(std::move(exporter));
+    }
+    const absl::Status outcome = Run(request, specs, exporters, callbacks);
     for (const auto& sink : sinks) LF_RETURN_IF_ERROR(sink->Finish(outcome));
     LF_RETURN_IF_ERROR(outcome);
     return ResultOf(request);
@@ -115,14 +127,15 @@ class FakeGroup::Rank final : public PrefillBackend {
   }
 
   absl::Status Run(const PrefillRequest& request, const std::vector<KvTransferSpec>& specs,
-                   const std::vector<std::unique_ptr<KvSink>>& sinks, const PrefillCallbacks& callbacks) {
+                   const std::vector<std::unique_ptr<KvExporter>>& exporters,
+                   const PrefillCallbacks& callbacks) {
     callbacks.on_accepted({.resolved = request.attention.text + " (fake)"});
     const int64_t num_tokens = static_cast<int64_t>(request.token_ids.size());
     for (int64_t layer = 0; layer < model().num_layers; ++layer) {
       LF_RETURN_IF_ERROR(Hold(layer, callbacks));
       if (group_->fail_layer) LF_RETURN_IF_ERROR(group_->fail_layer(layer));
-      for (size_t rank = 0; rank < sinks.size(); ++rank) {
-        LF_RETURN_IF_ERROR(AppendLayer(specs[rank], layer, *sinks[rank]));
+      for (size_t rank = 0; rank < exporters.size(); ++rank) {
+        LF_RETURN_IF_ERROR(AppendLayer(specs[rank], layer, *exporters[rank]));
       }
       for (int i = 0; i < group_->progress_per_layer; ++i) {
         callbacks.on_progress({.total_tokens = num_tokens,
@@ -155,7 +168,7 @@ class FakeGroup::Rank final : public PrefillBackend {
   }
 
   // In two pieces, as an engine that works in chunks.
-  absl::Status AppendLayer(const KvTransferSpec& spec, int64_t layer, KvSink& sink) {
+  absl::Status AppendLayer(const KvTransferSpec& spec, int64_t layer, KvExporter& exporter) {
     const PositionMap positions = spec.plan.TokenPositions(spec.rank);
     const int64_t num_rows = spec.plan.NumTokens(spec.rank);
     const int64_t middle = num_rows / 2;
@@ -172,8 +185,9 @@ class FakeGroup::Rank final : public PrefillBackend {
         }
       }
       const int64_t stride = (end - begin) * spec.head_dim;
-      LF_RETURN_IF_ERROR(sink.Append(layer, begin, end, {key.data(), stride, spec.head_dim},
-                                     {value.data(), stride, spec.head_dim}, DType::kFloat32));
+      LF_RETURN_IF_ERROR(exporter.OnKv(layer, begin, end,
+                                       HeadsView<const float>{key.data(), stride, spec.head_dim},
+                                       HeadsView<const float>{value.data(), stride, spec.head_dim}));
     }
     return absl::OkStatus();
   }
@@ -200,7 +214,26 @@ class FakeGroup::Rank final : public PrefillBackend {
     result.figures.planned_device_bytes = 15;
     result.figures.outside_device_bytes = 16;
     result.figures.device = "fake device";
+    result.figures.communicator = "fake communicator";
+    result.figures.exposed_communication_seconds = 0.25;
     result.figures.compute_dtype = model().compute_dtype;
+    if (request.recall.on()) {
+      result.figures.recall = {.rows = 16,
+                               .min_recall = request.recall.min_recall,
+                               .mean = 0.75,
+                               .min = 0.5,
+                               .min_layer = 1,
+                               .min_head = 2,
+                               .recomputed = 1,
+                               .seconds = 4.5,
+                               .pair_share = 0.125,
+                               .layers = {{}, {.watched = true, .heads = {1, 0.5}}}};
+      result.figures.recall.layers[1].recomputed = {{.head = 1,
+                                                     .pattern = VerticalSlash{60, 100},
+                                                     .recall_before = 0.25,
+                                                     .recall = 0.5,
+                                                     .density = 0.0625}};
+    }
     return result;
   }
 

@@ -29,6 +29,7 @@ struct Mark {
 
 class FakeEvent final : public Event {
  public:
+  explicit FakeEvent(FakeDevice& device) : device_(device) {}
   absl::Status Record(Stream& stream) override {
     auto mark = std::make_shared<Mark>();
     {
@@ -45,6 +46,10 @@ class FakeEvent final : public Event {
     return now->passed;
   }
   absl::Status Wait() const override {
+    if (device_.hangs) {
+      ++device_.waits_while_hung;
+      return absl::DeadlineExceededError("the fake device hangs");
+    }
     const std::shared_ptr<Mark> now = mark();
     if (now == nullptr || now->Wait()) return absl::OkStatus();
     return absl::DeadlineExceededError("fake event");
@@ -59,11 +64,12 @@ class FakeEvent final : public Event {
   }
 
  private:
+  FakeDevice& device_;
   mutable std::mutex mutex_;
   std::shared_ptr<Mark> mark_;
 };
 
-absl::Status CannotDo() { return absl::UnimplementedError("the fake device only copies out"); }
+absl::Status CannotDo() { return absl::UnimplementedError("the fake device only copies"); }
 
 }  // namespace
 
@@ -135,8 +141,21 @@ class FakeDevice::Kernels final : public KernelSet {
   }
 
   absl::Status CopyIn(void*, const void*, int64_t, Stream&) override { return CannotDo(); }
-  absl::Status Copy2D(const Copy2DParams&, Stream&) override { return CannotDo(); }
-  absl::Status Zero(void*, int64_t, Stream&) override { return CannotDo(); }
+  absl::Status Copy2D(const Copy2DParams& params, Stream& stream) override {
+    static_cast<FakeStream&>(stream).Enqueue([params] {
+      for (int64_t row = 0; row < params.rows; ++row) {
+        std::memcpy(static_cast<char*>(params.to) + row * params.to_pitch,
+                    static_cast<const char*>(params.from) + row * params.from_pitch,
+                    static_cast<size_t>(params.row_bytes));
+      }
+    });
+    return absl::OkStatus();
+  }
+  absl::Status Zero(void* data, int64_t bytes, Stream& stream) override {
+    static_cast<FakeStream&>(stream).Enqueue(
+        [data, bytes] { std::memset(data, 0, static_cast<size_t>(bytes)); });
+    return absl::OkStatus();
+  }
   absl::Status FillRandom(const FillRandomParams&, Stream&) override { return CannotDo(); }
   absl::Status Embed(const EmbedParams&, Stream&) override { return CannotDo(); }
   absl::Status RmsNorm(const RmsNormParams&, Stream&) override { return CannotDo(); }
@@ -179,6 +198,13 @@ class FakeDevice::Kernels final : public KernelSet {
   absl::Status Pool(const PoolParams&, Stream&) override { return CannotDo(); }
   int64_t SelectBlocksWorkspaceBytes(int64_t, int64_t, int64_t) const override { return 0; }
   absl::Status SelectBlocks(const SelectBlocksParams&, Workspace, Stream&) override { return CannotDo(); }
+  absl::Status Representatives(const RepresentativesParams&, Stream&) override { return CannotDo(); }
+  int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds&) const override { return 0; }
+  absl::Status SelectByShare(const ShareSelectionParams&, Workspace, Stream&) override { return CannotDo(); }
+  int64_t BuildBlockListsWorkspaceBytes(int64_t, int64_t) const override { return 0; }
+  absl::Status BuildBlockLists(const BuildBlockListsParams&, Workspace, Stream&) override {
+    return CannotDo();
+  }
 
  private:
   FakeDevice* const device_;
@@ -188,6 +214,6 @@ FakeDevice::FakeDevice() : kernels_(std::make_unique<Kernels>(this)) {}
 FakeDevice::~FakeDevice() = default;
 
 absl::StatusOr<std::unique_ptr<Stream>> FakeDevice::NewStream() { return std::make_unique<FakeStream>(); }
-absl::StatusOr<std::unique_ptr<Event>> FakeDevice::NewEvent() { return std::make_unique<FakeEvent>(); }
+absl::StatusOr<std::unique_ptr<Event>> FakeDevice::NewEvent() { return std::make_unique<FakeEvent>(*this); }
 
 }  // namespace longfill

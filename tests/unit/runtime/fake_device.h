@@ -36,7 +36,7 @@ class FakeStream final : public Stream {
   std::thread thread_;
 };
 
-// A device that can do nothing but copy out, slowly if asked to. Its memory is the host's.
+// A device that can do nothing but copy, out slowly if asked to. Its memory is the host's.
 class FakeDevice final : public Backend {
  public:
   FakeDevice();
@@ -54,6 +54,8 @@ class FakeDevice final : public Backend {
 
   std::atomic<int64_t> copy_microseconds = 0;  // each
   std::atomic<int64_t> copies = 0;
+  std::atomic<bool> hangs = false;  // no event is waited for with success
+  std::atomic<int64_t> waits_while_hung = 0;
   std::atomic<int64_t> failing_copy = -1;  // the number of the copy that cannot be enqueued
 
  private:

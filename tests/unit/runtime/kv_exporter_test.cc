@@ -148,7 +148,6 @@ TEST_F(KvExporterTest, SinkGetsEveryRowOnceInOrderWhateverTheBuffers) {
         LF_ASSERT_OK(RunLayers(*exporter, milliseconds(1)));
         LF_ASSERT_OK(exporter->Finish(absl::OkStatus()));
         sink_.ExpectEverything();
-        EXPECT_EQ(exporter->bytes(), kLayers * kRows * kRowBytes);
         LF_EXPECT_OK(exporter->Finish(absl::OkStatus()));
       }
     }
@@ -228,6 +227,19 @@ TEST_F(KvExporterTest, CopyThatFailsIsTheErrorOfTheRequest) {
                 StatusIs(absl::StatusCode::kInternal, HasSubstr("cannot be enqueued")));
     EXPECT_EQ(sink_.wrong, 0);
   }
+}
+
+TEST_F(KvExporterTest, DeviceThatHangsIsWaitedForOnceAndItsBuffersAreUsedNoMore) {
+  device_.copy_microseconds = 5000;
+  device_.hangs = true;
+  LF_ASSERT_OK_AND_ASSIGN(const auto exporter, Create({.num_buffers = 3, .buffer_bytes = 10 * kRowBytes}));
+  layer_.Fill(0, 0, kRows);
+  LF_ASSERT_OK(exporter->OnKv(0, 0, kRows, From(layer_.key.data(), 0), From(layer_.value.data(), 0)));
+  EXPECT_THAT(exporter->Finish(absl::OkStatus()),
+              StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("device hangs")));
+  EXPECT_EQ(device_.waits_while_hung, 1);
+  EXPECT_EQ(device_.copies, 3 * 2 * kHeads);
+  EXPECT_EQ(sink_.appends, 0);
 }
 
 TEST_F(KvExporterTest, CancellationDropsWhatWaitsAndWaitsForWhatIsOnItsWay) {

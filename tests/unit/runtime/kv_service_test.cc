@@ -220,6 +220,7 @@ TEST(KvService, AbortReachesAWaitingReader) {
   Cluster cluster;
   cluster.group.HoldBeforeLayer(1);
   Cancellation cancellation;
+  CheckingConsumer consumer;
   std::string transfer;
   std::atomic<bool> accepted = false;
   PrefillEvents events;
@@ -228,12 +229,12 @@ TEST(KvService, AbortReachesAWaitingReader) {
     accepted = true;
   };
   auto prefill = std::async(std::launch::async, [&] {
-    return cluster.Client()->Prefill(Ids(900), {}, nullptr, events, &cancellation);
+    return cluster.Client()->Prefill(Ids(900), {}, &consumer, events, &cancellation);
   });
   ASSERT_TRUE(Cluster::Soon([&] { return accepted.load(); }));
   auto reader = std::async(std::launch::async, [&] { return ReadPages(cluster, 2, Request(transfer)); });
   EXPECT_TRUE(
-      Cluster::Soon([&] { return cluster.servers[2]->store().GetStatus(transfer)->active_readers == 1; }));
+      Cluster::Soon([&] { return cluster.servers[2]->store().GetStatus(transfer)->active_readers == 2; }));
   v1::ReadPagesRequest impatient = Request(transfer);
   impatient.set_max_wait_ms(60);
   EXPECT_THAT(

@@ -84,11 +84,12 @@ class KvStoreTest : public testing::Test {
 
   std::chrono::steady_clock::time_point now_ = std::chrono::steady_clock::now();
   CpuMemoryResource memory_;
+  const std::unique_ptr<KvTier> tier_ = MakeMemoryTier(&memory_);
   KvStore store_{KvStoreOptions{.lease = seconds(30),
                                 .tombstone_life = seconds(600),
                                 .max_tombstones = 4,
                                 .clock = [this] { return now_; }},
-                 &memory_};
+                 tier_.get()};
 };
 
 TEST(Crc32c, IsTheStandardValueAndChains) {
@@ -124,17 +125,16 @@ TEST_F(KvStoreTest, GivesBackWhatWasAppendedInEveryDtypeAndLayout) {
       spec.dtype = dtype;
       LF_ASSERT_OK_AND_ASSIGN(auto sink, store_.Open(spec));
       LF_ASSERT_OK(AppendAll(*sink, spec));
-      LF_ASSERT_OK_AND_ASSIGN(auto reader, store_.Read(spec.transfer_id));
       LF_ASSERT_OK_AND_ASSIGN(
-          const KvSelection selection,
-          ResolveSelection({.layer_begin = 1, .head_begin = 1, .token_begin = 130, .token_end = 600}, spec));
+          auto reader,
+          store_.Read(spec.transfer_id,
+                      {.layer_begin = 1, .head_begin = 1, .token_begin = 130, .token_end = 600}));
       int64_t num_tokens = 0;
       const int64_t layer = 2, head = 1;
       LF_ASSERT_OK(reader->WaitForRows(layer, spec.plan.NumTokens(1), In(seconds(1))));
-      LF_ASSERT_OK_AND_ASSIGN(const KvLayerView view, reader->View(layer));
-      for (const KvPiece& piece : CutIntoPieces(selection, spec, 1000)) {
-        std::string bytes;
-        CopyPiece(view, view.value, selection, piece, layout, &bytes);
+      for (const KvPiece& piece : CutIntoPieces(reader->selection(), spec, 1000)) {
+        std::string key, bytes;
+        LF_ASSERT_OK(reader->Copy(layer, piece, layout, &key, &bytes));
         std::vector<float> got(static_cast<size_t>(piece.num_tokens * spec.head_dim));
         ASSERT_EQ(bytes.size(), got.size() * static_cast<size_t>(DTypeBytes(dtype)));
         WidenToFloat(bytes.data(), dtype, static_cast<int64_t>(got.size()), got.data());
@@ -212,12 +212,11 @@ TEST_F(KvStoreTest, ReaderWaitsForALayerUntilItIsThere) {
   ExpectEmpty();
 }
 
-TEST_F(KvStoreTest, AbortWakesReadersAndFreesMemoryOnlyWhenTheyLetGo) {
+TEST_F(KvStoreTest, AbortWakesReadersAndFreesMemory) {
   const KvTransferSpec spec = Spec("id");
   LF_ASSERT_OK_AND_ASSIGN(auto sink, store_.Open(spec));
   LF_ASSERT_OK(Append(*sink, spec, 0, 0, 300));
   LF_ASSERT_OK_AND_ASSIGN(auto reader, store_.Read("id"));
-  LF_ASSERT_OK_AND_ASSIGN(KvLayerView view, reader->View(0));
   std::thread waiter([&] {
     EXPECT_THAT(reader->WaitForRows(1, 300, In(seconds(10))),
                 StatusIs(absl::StatusCode::kAborted, HasSubstr("enough")));
@@ -227,13 +226,12 @@ TEST_F(KvStoreTest, AbortWakesReadersAndFreesMemoryOnlyWhenTheyLetGo) {
                           store_.End("id", TransferState::kAborted, absl::AbortedError("enough")));
   waiter.join();
   EXPECT_EQ(ended.state, TransferState::kAborted);
-  EXPECT_EQ(ended.bytes_held, 2 * 300 * 2 * 4 * 4);  // the one layer that is pinned
-  EXPECT_EQ(store_.usage().bytes_lingering, ended.bytes_held);
-  EXPECT_EQ(reinterpret_cast<const float*>(view.key)[0], Element(true, 0, 0, 0, 0));  // still readable
-  EXPECT_THAT(reader->View(0), StatusIs(absl::StatusCode::kAborted, HasSubstr("enough")));
+  EXPECT_EQ(ended.bytes_held, 0);
+  std::string key, value;
+  EXPECT_THAT(reader->Copy(0, {.num_tokens = 300}, KvLayout::kHeadsTokens, &key, &value),
+              StatusIs(absl::StatusCode::kAborted, HasSubstr("enough")));
   LF_EXPECT_OK(Append(*sink, spec, 1, 0, 300));  // no error of the prefill: what comes is dropped
   LF_EXPECT_OK(sink->Finish(absl::OkStatus()));
-  view = {};
   reader.reset();
   ExpectEmpty();
 }
@@ -377,7 +375,8 @@ TEST_F(KvStoreTest, FailAllEndsEverythingAndRefusesNewTransfers) {
 
 TEST_F(KvStoreTest, MemoryThatIsNotThereIsRefusedBeforeWorkAndLeavesNothing) {
   CpuMemoryResource small(10000);
-  KvStore store(KvStoreOptions{}, &small);
+  const std::unique_ptr<KvTier> tier = MakeMemoryTier(&small);
+  KvStore store(KvStoreOptions{}, tier.get());
   EXPECT_THAT(store.Open(Spec("id")), StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("KV store")));
   EXPECT_EQ(small.bytes_in_use(), 0);
   EXPECT_EQ(store.usage().open_transfers, 0);
@@ -412,10 +411,11 @@ TEST_F(KvStoreTest, ConcurrentReadersSeeOnlyWholeRowsAndLeaveNothing) {
         for (int64_t layer = 0; layer < spec.num_layers; ++layer) {
           for (int64_t row = 50; row <= 1000; row += 190) {
             if (!(*reader)->WaitForRows(layer, row, In(seconds(10))).ok()) return;
-            auto view = (*reader)->View(layer);
-            if (!view.ok()) return;
+            std::string key, value;
+            const KvPiece last{.row_begin = row - 1, .token_begin = row - 1, .num_tokens = 1};
+            if (!(*reader)->Copy(layer, last, KvLayout::kHeadsTokens, &key, &value).ok()) return;
             float got;
-            std::memcpy(&got, view->key + (row - 1) * view->row_bytes, sizeof(got));
+            std::memcpy(&got, key.data(), sizeof(got));
             EXPECT_EQ(got, Element(true, layer, 0, row - 1, 0));
           }
         }

@@ -43,6 +43,7 @@ class Cluster {
     int64_t vocab_size = 32;
     DType compute_dtype = DType::kFloat32;
     ServerOptions server;
+    int64_t ring_bytes = 0;  // of a reader tier; 0: pages stay in memory
     bool begin = true;
   };
   static Options Defaults() {
@@ -69,7 +70,9 @@ class Cluster {
       ServerOptions server_options = options.server;
       server_options.rank = rank;
       memory.push_back(std::make_unique<CpuMemoryResource>());
-      auto server = Server::Start(server_options, memory.back().get());
+      tiers.push_back(options.ring_bytes > 0 ? MakeReaderTier(memory.back().get(), options.ring_bytes)
+                                             : MakeMemoryTier(memory.back().get()));
+      auto server = Server::Start(server_options, tiers.back().get());
       EXPECT_THAT(server, IsOk());
       if (!server.ok()) std::abort();
       endpoints.push_back((*server)->kv_endpoint());
@@ -166,6 +169,7 @@ class Cluster {
 
   FakeGroup group;
   std::vector<std::unique_ptr<CpuMemoryResource>> memory;
+  std::vector<std::unique_ptr<KvTier>> tiers;
   std::vector<std::unique_ptr<Server>> servers;
   std::vector<std::string> endpoints;
 

@@ -74,7 +74,7 @@ TEST(Service, TellsManifestPlanProgressAndFigures) {
   EXPECT_EQ(accepted[0].attention, "dense (fake)");
   EXPECT_EQ(accepted[0].memory_plan.weights_bytes, 7);
   EXPECT_EQ(accepted[0].memory_plan.kv_store_bytes, 5);
-  EXPECT_EQ(accepted[0].memory_plan.DeviceBytes(), 7 + 1 + 2 + 3 + 4);
+  EXPECT_EQ(accepted[0].memory_plan.DeviceBytes(), 7 + 1 + 2 + 3 + 4 + 6);
   EXPECT_EQ(accepted[0].memory_plan.HostBytes(), 8 + 9 + 10 + 5);
   ASSERT_FALSE(progress.empty());
   EXPECT_EQ(progress.back().total_tokens, 300);
@@ -90,6 +90,8 @@ TEST(Service, TellsManifestPlanProgressAndFigures) {
   EXPECT_EQ(got.figures.planned_device_bytes, 15);
   EXPECT_EQ(got.figures.outside_device_bytes, 16);
   EXPECT_EQ(got.figures.device, "fake device");
+  EXPECT_EQ(got.figures.communicator, "fake communicator");
+  EXPECT_EQ(got.figures.exposed_communication_seconds, 0.25);
   EXPECT_EQ(got.figures.compute_dtype, DType::kFloat32);
   LF_ASSERT_OK_AND_ASSIGN(const ModelFacts facts, client->GetModelInfo());
   EXPECT_EQ(facts.architecture, "FakeForCausalLM");
@@ -109,6 +111,47 @@ TEST(Service, KvIsOfTheComputeDtypeWhereNoneIsAskedFor) {
     EXPECT_EQ(got.manifest.dtype, asked.value_or(DType::kBFloat16));
     EXPECT_EQ(got.figures.compute_dtype, DType::kBFloat16);
   }
+}
+
+// What the server was started with holds for requests that say nothing; figures come as they are.
+TEST(Service, RecallIsWatchedAsAskedOrAsTheServerWasStarted) {
+  Cluster::Options options = Cluster::Defaults();
+  options.server.prefill.recall = {.monitor = true, .min_recall = 0.5};
+  Cluster cluster(options);
+  const auto client = cluster.Client();
+  for (const auto& [asked, min_recall] :
+       {std::pair(std::optional<RecallOptions>(), 0.5), std::pair(std::optional(RecallOptions{true, 0}), 0.0),
+        std::pair(std::optional(RecallOptions{false, 0.9375}), 0.9375)}) {
+    SubmitOptions submit;
+    submit.recall = asked;
+    LF_ASSERT_OK_AND_ASSIGN(const Prefilled got, client->Prefill(Ids(10), submit, nullptr));
+    const RecallFigures& recall = got.figures.recall;
+    EXPECT_EQ(recall.rows, 16);
+    EXPECT_EQ(recall.min_recall, min_recall);
+    EXPECT_EQ(recall.mean, 0.75);
+    EXPECT_EQ(recall.min, 0.5);
+    EXPECT_EQ(recall.min_layer, 1);
+    EXPECT_EQ(recall.min_head, 2);
+    EXPECT_EQ(recall.recomputed, 1);
+    EXPECT_EQ(recall.seconds, 4.5);
+    EXPECT_EQ(recall.pair_share, 0.125);
+    ASSERT_EQ(recall.layers.size(), 2u);
+    EXPECT_FALSE(recall.layers[0].watched);
+    EXPECT_TRUE(recall.layers[1].watched);
+    EXPECT_EQ(recall.layers[1].heads, (std::vector<double>{1, 0.5}));
+    ASSERT_EQ(recall.layers[1].recomputed.size(), 1u);
+    const RecomputedHead& head = recall.layers[1].recomputed[0];
+    EXPECT_EQ(head.head, 1);
+    EXPECT_EQ(head.pattern, HeadPattern(VerticalSlash{60, 100}));
+    EXPECT_EQ(head.recall_before, 0.25);
+    EXPECT_EQ(head.recall, 0.5);
+    EXPECT_EQ(head.density, 0.0625);
+  }
+  LF_ASSERT_OK_AND_ASSIGN(const Prefilled off,
+                          client->Prefill(Ids(10), {.recall = RecallOptions{}}, nullptr));
+  EXPECT_EQ(off.figures.recall.rows, 0);
+  EXPECT_THAT(client->Prefill(Ids(10), {.recall = RecallOptions{false, -0.5}}, nullptr),
+              StatusIs(kInvalid, HasSubstr("min_recall -0.5 is not in (0, 1]")));
 }
 
 TEST(Service, PagesOfALayerArriveWhileLaterLayersCompute) {
@@ -622,9 +665,11 @@ TEST(Service, PortInUseIsRefusedByName) {
   ServerOptions options;
   options.listen = cluster.target();
   CpuMemoryResource memory;
-  EXPECT_THAT(Server::Start(options, &memory), StatusIs(kInvalid, HasSubstr(cluster.target())));
+  const std::unique_ptr<KvTier> tier = MakeMemoryTier(&memory);
+  EXPECT_THAT(Server::Start(options, tier.get()), StatusIs(kInvalid, HasSubstr(cluster.target())));
   options.listen = "nowhere";
-  EXPECT_THAT(Server::Start(options, &memory), StatusIs(kInvalid, HasSubstr("\"nowhere\" is not HOST:PORT")));
+  EXPECT_THAT(Server::Start(options, tier.get()),
+              StatusIs(kInvalid, HasSubstr("\"nowhere\" is not HOST:PORT")));
 }
 
 TEST(Service, IdleRanksAreKeptAlive) {

@@ -19,6 +19,9 @@ TEST(ParseHeadPattern, ReadsEveryFormAndWritesItBack) {
       {"vertical-slash:0,1", VerticalSlash{0, 1}},
       {"block-sparse:100", BlockSparse{100}},
       {"block-sparse:2147483647", BlockSparse{2147483647}},
+      {"block-share:4,0.2", BlockShare{4, 0.2}},
+      {"block-share:0,1", BlockShare{0, 1}},
+      {"block-share:16,1e-05", BlockShare{16, 1e-5}},
   };
   for (const auto& [text, pattern] : cases) {
     LF_ASSERT_OK_AND_ASSIGN(const HeadPattern parsed, ParseHeadPattern(text));
@@ -48,6 +51,14 @@ TEST(ParseHeadPattern, RefusesWhatIsNotExactlyAForm) {
                            "block-sparse:1,2",
                            "block-sparse:x",
                            "block-sparse:1e3",
+                           "block-share:4",
+                           "block-share:4,",
+                           "block-share:,0.2",
+                           "block-share:4.0,0.2",
+                           "block-share:4,0.2,1",
+                           "block-share:4, 0.2",
+                           "block-share:4,0.2x",
+                           "block-share:4,1e-999",
                            "auto"}) {
     EXPECT_THAT(ParseHeadPattern(text),
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("expected dense, a-shape")))
@@ -65,6 +76,14 @@ TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
       {"vertical-slash:2147483648,1", "vertical 2147483648"},
       {"block-sparse:0", "num_blocks 0"},
       {"block-sparse:-9223372036854775808", "num_blocks -9223372036854775808"},
+      {"block-share:-1,0.2", "outliers -1 is not in [0, 16]"},
+      {"block-share:17,0.2", "outliers 17"},
+      {"block-share:4,0", "min_share 0 is not in [1e-30, 1]"},
+      {"block-share:4,1e-50", "min_share 1e-50"},
+      {"block-share:4,-0.2", "min_share -0.2"},
+      {"block-share:4,1.5", "min_share 1.5"},
+      {"block-share:4,nan", "min_share nan"},
+      {"block-share:4,inf", "min_share inf"},
   };
   for (const auto& [text, message] : cases) {
     EXPECT_THAT(ParseHeadPattern(text), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)))
@@ -74,9 +93,10 @@ TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
 
 TEST(ParseHeadPattern, SurvivesMutatedText) {
   std::mt19937 random(3);
-  const std::string seeds[] = {"dense", "a-shape:1024,4096", "vertical-slash:1000,6096", "block-sparse:100"};
+  const std::string seeds[] = {"dense", "a-shape:1024,4096", "vertical-slash:1000,6096", "block-sparse:100",
+                               "block-share:4,0.2"};
   for (int i = 0; i < 50000; ++i) {
-    std::string text = seeds[random() % 4];
+    std::string text = seeds[random() % 5];
     for (uint32_t edits = random() % 4; edits > 0 && !text.empty(); --edits) {
       const size_t at = random() % text.size();
       switch (random() % 3) {
@@ -87,7 +107,7 @@ TEST(ParseHeadPattern, SurvivesMutatedText) {
           text.erase(at, 1);
           break;
         default:
-          text.insert(at, 1, "0123456789-,:."[random() % 14]);
+          text.insert(at, 1, "0123456789-,:.e"[random() % 15]);
       }
     }
     const absl::StatusOr<HeadPattern> parsed = ParseHeadPattern(text);
@@ -99,6 +119,22 @@ TEST(ParseHeadPattern, SurvivesMutatedText) {
     }
   }
   EXPECT_LT(ParseHeadPattern(std::string(1 << 20, '\0')).status().message().size(), 1000u);
+}
+
+TEST(BoundByWindow, AWindowAsLongAsThePromptIsNothing) {
+  for (const HeadPattern& pattern : {HeadPattern(Dense{}), HeadPattern(AShape{4, 8}),
+                                     HeadPattern(VerticalSlash{30, 50}), HeadPattern(BlockSparse{2})}) {
+    EXPECT_EQ(BoundByWindow(pattern, 0, 1 << 20), pattern);
+    EXPECT_EQ(BoundByWindow(pattern, 100, 100), pattern);
+    EXPECT_EQ(BoundByWindow(pattern, 100, 99), pattern);
+    EXPECT_EQ(BoundByWindow(pattern, 100, 101), HeadPattern(AShape{0, 100})) << ToString(pattern);
+    EXPECT_EQ(BoundByWindow(AShape{0, 100}, 100, 101), HeadPattern(AShape{0, 100}));
+  }
+}
+
+TEST(BoundByWindow, KeepsAShorterAShapeWithoutSink) {
+  EXPECT_EQ(BoundByWindow(AShape{0, 64}, 100, 1000), HeadPattern(AShape{0, 64}));
+  EXPECT_EQ(BoundByWindow(AShape{0, 101}, 100, 1000), HeadPattern(AShape{0, 100}));
 }
 
 TEST(ParseCoverage, ReadsBothNamesAndNothingElse) {

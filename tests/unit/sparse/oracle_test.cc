@@ -94,6 +94,30 @@ TEST(Oracle, BlocksAreRankedByMeansForcedWithinTheCountAndTiesGoLow) {
   EXPECT_DOUBLE_EQ(free.scores[4][4], 4);
 }
 
+TEST(Oracle, BlocksAreKeptForTheShareThatARowGivesThem) {
+  const int64_t n = 6 * 64 + 1;  // the last row block has one row, and no representatives
+  const std::vector<float> q(n, 1);
+  std::vector<float> k(n, 0);
+  k[100] = 4;  // block 1
+  const RepresentativeChoice choice = ChooseRepresentatives(k.data(), n, 1, 2);
+  EXPECT_EQ(choice.means, (std::vector<double>{0, 0.0625, 0, 0, 0, 0}));
+  EXPECT_EQ(choice.outliers[1], (std::vector<int32_t>{100, 64}));  // of the keys left all are as far
+  EXPECT_DOUBLE_EQ(choice.distances[100], 3.9375);
+
+  const ShareSelection by_outlier = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.9});
+  EXPECT_DOUBLE_EQ(by_outlier.shares[6][1], std::exp(4) / (std::exp(4) + 5));  // 0.916
+  EXPECT_DOUBLE_EQ(by_outlier.shares[6][5], 1 / (std::exp(4) + 5));
+  EXPECT_EQ(
+      by_outlier.blocks,
+      (std::vector<std::vector<int32_t>>{
+          {0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}, {0, 1, 3, 4, 5, 6}}));
+  const ShareSelection above = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.92});
+  EXPECT_EQ(above.blocks[6], (std::vector<int32_t>{0, 3, 4, 5, 6}));
+  const ShareSelection by_mean = SelectByShare(q.data(), k.data(), n, 1, 1, {0, 0.9});
+  EXPECT_DOUBLE_EQ(by_mean.shares[6][1], std::exp(0.0625) / (std::exp(0.0625) + 5));
+  EXPECT_EQ(by_mean.blocks[6], (std::vector<int32_t>{0, 3, 4, 5, 6}));
+}
+
 TEST(Oracle, AttentionIsTheMeanOfTheCoveredValuesForEqualScores) {
   const std::vector<float> q(2 * 3, 0);    // 2 query heads, 3 queries, head_dim 1
   const std::vector<float> k = {5, 6, 7};  // 1 KV head

@@ -6,11 +6,14 @@
 #include <sstream>
 
 #include "absl/strings/str_cat.h"
+#include "models/pattern_directory.h"
+#include "nlohmann/json.hpp"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 constexpr std::string_view kTwoLayers = R"([
@@ -39,6 +42,7 @@ TEST(ParsePatterns, ReadsAllTypesScoresAndUnlistedHeads) {
   EXPECT_EQ(set.at(0, 1), HeadPattern(AShape{64, 512}));
   EXPECT_EQ(set.at(0, 2), HeadPattern(BlockSparse{100}));  // as the published dispatcher does
   EXPECT_EQ(set.at(1, 0), HeadPattern(VerticalSlash{1000, 6096}));
+  EXPECT_EQ(set.at(1, 1), HeadPattern(VerticalSlash{1000, 6096}));
   EXPECT_EQ(set.at(1, 2), HeadPattern(VerticalSlash{40, 900}));
   EXPECT_EQ(set.score(0, 0), 0.91);
   EXPECT_EQ(set.score(0, 1), 123456);
@@ -88,7 +92,7 @@ TEST(ParsePatterns, NamesFileLayerHeadValueAndWhatWasExpected) {
       {R"([{"1": ["vertical_and_slash", 0, 0, 1]}, {}])", {"head 1", "vertical 0 and slash 0"}},
       {R"([{"1": ["stream_llm", 4, 0, 1]}, {}])", {"head 1", "n_local 0"}},
       {R"([{"1": ["stream_llm", 4, 4, "high"]}, {}])", {"head 1", "score 'high' is not a number"}},
-      {R"([{"1": ["stream_llm", 4, 4, [1]]}, {}])", {"p.json", "nested deeper"}},
+      {R"([{"1": ["stream_llm", 4, 4, [1]]}, {}])", {"head 1", "score an array of 1 is not a number"}},
   };
   for (const Case& c : cases) {
     for (const char* message : c.message) {
@@ -148,11 +152,11 @@ TEST(ParsePatterns, SurvivesMutatedText) {
   EXPECT_GT(parsed, 100);
 }
 
-TEST(FormatPatterns, RefusesWhatThePublishedFormCannotSay) {
+TEST(FormatPatterns, RefusesWhatTheFormCannotSay) {
   PatternSet set = PatternSet::Uniform(AShape{1, 1}, 2, 2);
   set.Set(1, 0, Dense());
   EXPECT_THAT(FormatPatterns(set), StatusIs(absl::StatusCode::kInvalidArgument,
-                                            HasSubstr("layer 1: head 0: the published form has no dense")));
+                                            HasSubstr("layer 1: head 0: the form has no dense")));
   set.Set(1, 0, BlockSparse{50});
   EXPECT_THAT(FormatPatterns(set),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("block-sparse:50")));
@@ -161,6 +165,150 @@ TEST(FormatPatterns, RefusesWhatThePublishedFormCannotSay) {
   EXPECT_EQ(text, R"([{"0": ["stream_llm",1,1,null], "1": ["stream_llm",1,1,null]},
  {"0": ["block_sparse",100,1,0.5], "1": ["stream_llm",1,1,null]}]
 )");
+}
+
+constexpr char kHash[] = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
+
+// Two layers of two heads, with everything that only our own form says.
+PatternSet OwnSet() {
+  PatternSet set = PatternSet::Uniform(VerticalSlash{700, 1200}, 2, 2);
+  set.Set(0, 1, Dense(), 1.0);
+  set.Set(1, 0, BlockSparse{50}, 0.875);
+  set.Set(1, 1, AShape{64, 512}, 0.25);
+  set.set_provenance(PatternProvenance{"tiny", kHash, kHash, R"({"budgets":[1,2]})"});
+  return set;
+}
+
+TEST(OwnPatternForm, IsReadBack) {
+  LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(OwnSet()));
+  LF_ASSERT_OK_AND_ASSIGN(const PatternSet again, ParsePatterns(text, "own", 2, 2));
+  EXPECT_EQ(again, OwnSet());
+  EXPECT_EQ(again.provenance()->search_json, R"({"budgets":[1,2]})");
+  EXPECT_THAT(ParsePatterns(text, "own", 3, 2),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("patterns for 2 layers, expected 3")));
+}
+
+TEST(OwnPatternForm, HasEveryPatternThatCanBeNamed) {
+  PatternSet set = OwnSet();
+  set.Set(0, 0, BlockShare{4, 0.2}, 0.99);
+  LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(set));
+  LF_ASSERT_OK_AND_ASSIGN(const PatternSet again, ParsePatterns(text, "own", 2, 2));
+  EXPECT_EQ(again, set);
+  const nlohmann::json json = nlohmann::json::parse(text);
+  EXPECT_EQ(json[0]["0"].dump(), R"(["vertical_and_slash",1000,6096,0.99])");
+  EXPECT_EQ(json[2]["longfill"]["exact"]["0"]["0"], "block-share:4,0.2");
+}
+
+// Readers of the published form take layer i of the list, int() of every key, and four values of each.
+TEST(OwnPatternForm, IsThePublishedFormToItsReaders) {
+  LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(OwnSet()));
+  const nlohmann::json json = nlohmann::json::parse(text);
+  ASSERT_EQ(json.size(), 3u);
+  const auto head = [&](int layer, const char* key) { return json[layer][key].dump(); };
+  EXPECT_EQ(head(0, "0"), R"(["vertical_and_slash",700,1200,null])");
+  EXPECT_EQ(head(0, "1"), R"(["vertical_and_slash",1000,6096,1.0])");
+  EXPECT_EQ(head(1, "0"), R"(["block_sparse",100,1,0.875])");
+  EXPECT_EQ(head(1, "1"), R"(["stream_llm",64,512,0.25])");
+  EXPECT_EQ(json[2]["longfill"]["exact"].dump(), R"({"0":{"1":"dense"},"1":{"0":"block-sparse:50"}})");
+  nlohmann::json published = json;
+  published.erase(2);
+  LF_ASSERT_OK_AND_ASSIGN(const PatternSet set, ParsePatterns(published.dump(), "published", 2, 2));
+  EXPECT_EQ(set.at(0, 1), HeadPattern(kUnlistedHeadPattern));
+  EXPECT_EQ(set.at(1, 0), HeadPattern(BlockSparse{100}));
+  EXPECT_EQ(set.provenance(), std::nullopt);
+}
+
+TEST(OwnPatternForm, NamesWhatIsWrong) {
+  LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(OwnSet()));
+  const nlohmann::json valid = nlohmann::json::parse(text);
+  struct Case {
+    const char* pointer;
+    nlohmann::json value;  // null: the key is taken away
+    const char* message;
+    absl::StatusCode code = absl::StatusCode::kInvalidArgument;
+  };
+  const Case cases[] = {
+      {"/2/longfill/version", 2, "p.json: longfill: has version 2, this program reads 1",
+       absl::StatusCode::kUnimplemented},
+      {"/2/longfill/version", "1", "has no whole number version"},
+      {"/2/longfill/version", nullptr, "has no whole number version"},
+      {"/2/other", 1, "expected an object with the one key longfill"},
+      {"/2/longfill", 1, "expected an object with the one key longfill"},
+      {"/2/longfill/note", "x", "longfill has an unknown key 'note'"},
+      {"/2/longfill/model", nullptr, "longfill has no model"},
+      {"/2/longfill/model/fingerprint", "12", "fingerprint is '12', expected 64 lower-case hex digits"},
+      {"/2/longfill/model/name", 7, "name is 7, expected a string"},
+      {"/2/longfill/model/date", "x", "model has an unknown key 'date'"},
+      {"/2/longfill/calibration/sha256", std::string(64, 'F'), "sha256 is 'FFFF"},
+      {"/2/longfill/search", {1}, "search is an array of 1, expected an object"},
+      {"/2/longfill/score", "count", "score is 'count', expected 'recall'"},
+      {"/0/0/3", 1.5, "layer 0: head 0: score 1.5 is no recall in [0, 1]"},
+      {"/0/0/3", -0.1, "score -0.1 is no recall"},
+      {"/2/longfill/exact/2", {{"0", "dense"}}, "layer 2 is not in [0, 2)"},
+      {"/2/longfill/exact/0/2", "dense", "exact: layer 0: head 2 is not in [0, 2)"},
+      {"/2/longfill/exact/0/1", "flash", "exact: layer 0: head 1: attention pattern 'flash'"},
+      {"/2/longfill/exact/0/1", 5, "exact: layer 0: head 1 is 5, expected a string"},
+      {"/2/longfill/exact/0", 5, "exact: layer 0 is 5, expected an object"},
+      // a stand-in that was edited, an exact pattern that the list can say
+      {"/0/1/1", 999, "head 1 is dense, for which the list cannot say vertical-slash:999,6096"},
+      {"/2/longfill/exact/0/0", "vertical-slash:1,1",
+       "head 0 is vertical-slash:1,1, for which the list cannot say vertical-slash:700,1200"},
+  };
+  for (const Case& c : cases) {
+    nlohmann::json changed = valid;
+    const nlohmann::json::json_pointer pointer(c.pointer);
+    if (c.value.is_null()) {
+      changed[pointer.parent_pointer()].erase(pointer.back());
+    } else {
+      changed[pointer] = c.value;
+    }
+    EXPECT_THAT(ParsePatterns(changed.dump(), "p.json", 2, 2), StatusIs(c.code, HasSubstr(c.message)))
+        << c.pointer << " " << c.value.dump();
+  }
+}
+
+TEST(OwnPatternForm, RefusesToWriteWhatItWouldNotRead) {
+  PatternSet set = OwnSet();
+  set.Set(0, 0, AShape{1, 1}, 12345);
+  EXPECT_THAT(FormatPatterns(set),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("score 12345 is no recall")));
+  for (const auto& [bad, message] :
+       {std::pair(PatternProvenance{"m", "1", kHash, "{}"}, "hash '1'"),
+        std::pair(PatternProvenance{"m", kHash, "", "{}"}, "hash ''"),
+        std::pair(PatternProvenance{"m", kHash, kHash, "{"}, "search settings"),
+        std::pair(PatternProvenance{"m", kHash, kHash, "[]"}, "not a JSON object")}) {
+    set = OwnSet();
+    set.set_provenance(bad);
+    EXPECT_THAT(FormatPatterns(set), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  }
+}
+
+TEST(PatternDirectory, NamesOfAModelComeFromItsFolderAndItsConfig) {
+  using Names = std::vector<std::string>;
+  EXPECT_EQ(ModelNames("/data/Yi-9B-200K", ""), Names{"Yi-9B-200K"});
+  EXPECT_EQ(ModelNames("/data/Yi-9B-200K/", "01-ai/Yi-9B-200K"), Names{"Yi-9B-200K"});
+  EXPECT_EQ(ModelNames("/data/copy", "01-ai/Yi-9B-200K"), (Names{"copy", "Yi-9B-200K"}));
+  EXPECT_EQ(ModelNames("/hub/models--01-ai--Yi-9B-200K/snapshots/0a1b", "x/.."), Names{"Yi-9B-200K"});
+  EXPECT_EQ(ModelNames("/hub/models--gpt2/snapshots/0a1b/", ""), Names{"gpt2"});
+  EXPECT_EQ(ModelNames("/", ""), Names{});
+}
+
+TEST(PatternDirectory, TheModelsOwnFileComesFirstThenThePublishedOneThenAnyModels) {
+  const TemporaryDirectory directory;
+  const std::vector<std::string> names = {"copy", "Qwen2.5-7B-Instruct-1M"};
+  const std::string folder = directory.File("");
+  EXPECT_THAT(FindPatternFile(folder, names),
+              StatusIs(absl::StatusCode::kNotFound, AllOf(HasSubstr(folder), HasSubstr("copy or Qwen2.5-7B"),
+                                                          HasSubstr("patterns.json"))));
+  for (const char* name : {"patterns.json", "Qwen2.5_7B_Instruct_1M.json", "Qwen2.5-7B-Instruct-1M.json",
+                           "copy.json"}) {  // each goes before the last
+    std::ofstream(directory.File(name)) << "[]";
+    LF_ASSERT_OK_AND_ASSIGN(const std::string found, FindPatternFile(folder, names));
+    EXPECT_EQ(std::filesystem::path(found).filename(), name);
+  }
+  LF_ASSERT_OK_AND_ASSIGN(const std::string found,
+                          FindPatternFile(folder, std::vector<std::string>{"other"}));
+  EXPECT_EQ(std::filesystem::path(found).filename(), "patterns.json");
 }
 
 TEST(PatternFile, WrittenOneIsReadBack) {

@@ -12,13 +12,34 @@ namespace {
 
 using ::testing::HasSubstr;
 
-TEST(MakeVerticalSlashIndex, SortsAddsDistanceZeroAndMergesGapsUpTo64) {
+TEST(MakeVerticalSlashIndex, SortsAndAddsDistanceZero) {
   const SparseIndex made = MakeVerticalSlashIndex({9, 2, 5}, {300, 64, 128, 129, 194}, Coverage::kTiles);
   const auto& index = std::get<DiagonalColumnIndex>(made);
   EXPECT_EQ(index.columns, (std::vector<int32_t>{2, 5, 9}));
   EXPECT_EQ(index.distances, (std::vector<int32_t>{0, 64, 128, 129, 194, 300}));
   EXPECT_EQ(index.runs, (std::vector<DistanceRun>{{0, 130, false}, {194, 195, false}, {300, 301, false}}));
   LF_EXPECT_OK(ValidateIndex(made, 301));
+}
+
+using Runs = std::vector<DistanceRun>;
+
+TEST(CoarseRuns, GrowByWholePiecesFromTheLargestDistance) {
+  EXPECT_EQ(CoarseRuns({}), Runs{});
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{0}), (Runs{{0, 1, false}}));
+  // 500 and 499: one more piece for 499, which reaches down to 436 and takes in 437; 435 needs a third.
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{499, 500}), (Runs{{436, 501, false}}));
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{437, 499, 500}), (Runs{{436, 501, false}}));
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{435, 499, 500}), (Runs{{372, 501, false}}));
+  // A distance 64 below the last piece adjoins it, one 65 below does not.
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{372, 499, 500}), (Runs{{372, 501, false}}));
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{371, 499, 500}), (Runs{{371, 372, false}, {436, 501, false}}));
+}
+
+TEST(CoarseRuns, EndAtDistanceZero) {
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{0, 30}), (Runs{{0, 31, false}}));
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{0, 64, 65}), (Runs{{0, 66, false}}));
+  // 110, 46 and -18, although 100 is more than 64 above 0.
+  EXPECT_EQ(CoarseRuns(std::vector<int32_t>{0, 100, 110, 200}), (Runs{{0, 111, false}, {200, 201, false}}));
 }
 
 TEST(MakeVerticalSlashIndex, OfNothingIsTheDiagonal) {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -94,26 +96,35 @@ class Client:
         *,
         kv_dtype: str | None = None,
         coverage: str = "tiles",
+        recall_monitor: bool | None = None,
+        min_recall: float | None = None,
         kv: Literal["fetch", "leave", "drop"] = "fetch",
         request_id: str = "",
         timeout: float | None = None,
     ) -> Prefilled:
         """Prefills one prompt and fetches its KV cache from all ranks while later layers compute.
 
-        ids: token ids of the prompt. attention: "auto", "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S" or
-        "block-sparse:K"; a path object is a pattern file, which is read here. logits: "last" or the positions wanted.
-        on_progress is called in this thread. kv_dtype: "float32", "bfloat16", "float16", or None for what the service
+        ids: token ids of the prompt, integers of at most 32 bits. attention: "auto", "dense", "a-shape:N_INIT,N_LOCAL",
+        "vertical-slash:V,S", "block-sparse:K" or "block-share:R,TAU"; a path object is a pattern file, which is read here.
+        logits: "last" or the positions wanted. on_progress is called in this thread. kv_dtype: "float32", "bfloat16", "float16", or None for what the service
         computes in. coverage: "tiles", "parity".
-        timeout: seconds for all of it. kv: "fetch" it; "leave" it on the ranks for another consumer, which finds it by the
-        manifest, until its lease ends; or "drop" it, where the logits are all that is wanted.
+        recall_monitor: measure, on some rows, what share of the softmax weight sparse attention covers; figures["recall"]
+        has it for each layer and head. min_recall, in (0, 1]: heads below it are computed again over more keys, and it is
+        reported. None for both: as the service was started.
+        timeout: seconds for all of it, the KV cache included. kv: "fetch" it; "leave" it on the ranks for another
+        consumer, which finds it by the manifest, until its lease ends; or "drop" it, where the logits are all that is wanted.
 
         Raises PrefillError, ValueError for arguments that are wrong in themselves. Whatever ends this call, Ctrl-C
         included, ends the prefill and frees its memory on the ranks.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         if kv not in ("fetch", "leave", "drop"):
             raise ValueError(f"kv {kv!r}: expected 'fetch', 'leave' or 'drop'")
-        header = _make_header(ids, attention, logits, kv_dtype, coverage, request_id)
-        call = self._stub.Prefill(_requests(header, ids), timeout=timeout)
+        tokens = _integers("ids", ids, numpy.int32)
+        header = _make_header(len(tokens), attention, logits, kv_dtype, coverage, request_id)
+        if recall_monitor is not None or min_recall is not None:
+            header.recall.CopyFrom(_make_recall(recall_monitor, min_recall))
+        call = self._stub.Prefill(_requests(header, tokens), timeout=_seconds_left(deadline))
         reader: KvReader | None = None
         state = _Events()
         try:
@@ -130,7 +141,8 @@ class Client:
                     state.take(event, on_progress)
             result = state.finish()
             if reader is not None:
-                result.kv = reader.finish(timeout)
+                reader.prefill_ended()
+                result.kv = reader.finish(_seconds_left(deadline))
                 result.transfer = reader.transfer()
             return result
         except grpc.RpcError as error:
@@ -144,9 +156,29 @@ class Client:
                 reader.close()
 
 
-def _make_header(ids: Sequence[int] | numpy.ndarray, attention: str | os.PathLike[str],
-                 logits: Literal["last"] | Sequence[int], kv_dtype: str | None, coverage: str,
-                 request_id: str) -> prefill_pb2.PrefillHeader:
+def _seconds_left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _integers(name: str, values: Any, kind: type[numpy.signedinteger]) -> numpy.ndarray:
+    """`values` as an array [N] of `kind`. ValueError, naming the first that is no integer of that range."""
+    array = numpy.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has the shape {list(array.shape)}, expected one dimension")
+    if array.dtype.kind not in "iu":  # also where some need more than 64 bits
+        for index, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise ValueError(f"{name}[{index}] is {value!r}, expected an integer")
+        array = numpy.array([int(value) for value in values], dtype=object)
+    limits = numpy.iinfo(kind)
+    if array.size and not limits.min <= int(array.min()) <= int(array.max()) <= limits.max:
+        index, value = next((i, v) for i, v in enumerate(array.tolist()) if not limits.min <= v <= limits.max)
+        raise ValueError(f"{name}[{index}] is {value}, which {limits.bits} bits do not hold")
+    return array.astype(kind)
+
+
+def _make_header(num_tokens: int, attention: str | os.PathLike[str], logits: Literal["last"] | Sequence[int],
+                 kv_dtype: str | None, coverage: str, request_id: str) -> prefill_pb2.PrefillHeader:
     if kv_dtype is not None and kv_dtype not in _DTYPES:
         raise ValueError(f"kv_dtype {kv_dtype!r}: expected one of {', '.join(_DTYPES)}")
     if coverage not in _COVERAGES:
@@ -159,17 +191,22 @@ def _make_header(ids: Sequence[int] | numpy.ndarray, attention: str | os.PathLik
         path = pathlib.Path(attention)
         spec = prefill_pb2.AttentionSpec(spec=path.name, pattern_json=path.read_text(encoding="utf-8"))
     return prefill_pb2.PrefillHeader(
-        request_id=request_id, num_tokens=len(ids), attention=spec, coverage=_COVERAGES[coverage],
-        logits_positions=[] if isinstance(logits, str) else [int(p) for p in logits],
+        request_id=request_id, num_tokens=num_tokens, attention=spec, coverage=_COVERAGES[coverage],
+        logits_positions=[] if isinstance(logits, str) else _integers("logits", logits, numpy.int64).tolist(),
         kv_dtype=kv_pb2.DATA_TYPE_UNSPECIFIED if kv_dtype is None else _DTYPES[kv_dtype],
     )
 
 
-def _requests(header: prefill_pb2.PrefillHeader, ids: Sequence[int] | numpy.ndarray) -> Iterator[prefill_pb2.PrefillRequest]:
+def _make_recall(monitor: bool | None, min_recall: float | None) -> prefill_pb2.RecallOptions:
+    if min_recall is not None and not 0 < min_recall <= 1:
+        raise ValueError(f"min_recall {min_recall!r}: expected a number in (0, 1]")
+    return prefill_pb2.RecallOptions(monitor=bool(monitor), min_recall=min_recall or 0.0)
+
+
+def _requests(header: prefill_pb2.PrefillHeader, ids: numpy.ndarray) -> Iterator[prefill_pb2.PrefillRequest]:
     yield prefill_pb2.PrefillRequest(header=header)
-    array = numpy.asarray(ids)
-    for begin in range(0, len(array), TOKENS_PER_CHUNK):
-        chunk = prefill_pb2.TokenChunk(ids=array[begin : begin + TOKENS_PER_CHUNK].tolist())
+    for begin in range(0, len(ids), TOKENS_PER_CHUNK):
+        chunk = prefill_pb2.TokenChunk(ids=ids[begin : begin + TOKENS_PER_CHUNK].tolist())
         yield prefill_pb2.PrefillRequest(tokens=chunk)
 
 
@@ -223,12 +260,26 @@ class _Events:
 
 def _figures(figures: Any) -> dict[str, Any]:
     """The fields of `longfill prefill --json`."""
+    fields = _fields(figures)
+    if figures.HasField("recall"):
+        for layer in fields["recall"]["layers"]:
+            heads = layer["heads"]
+            layer["mean"] = sum(heads) / len(heads)
+            layer["min"] = min(heads)
+            layer["min_head"] = heads.index(layer["min"])
+    else:
+        del fields["recall"]
+    return fields
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    """The fields of a message, and of those in it, by name."""
     fields: dict[str, Any] = {}
-    for descriptor in figures.DESCRIPTOR.fields:
-        value = getattr(figures, descriptor.name)
-        if descriptor.name == "mesh":
-            value = {"sequence": value.sequence, "head": value.head}
-        elif descriptor.name == "rank_covered_pairs":
-            value = list(value)
+    for descriptor in message.DESCRIPTOR.fields:
+        value = getattr(message, descriptor.name)
+        if descriptor.label == descriptor.LABEL_REPEATED:
+            value = [_fields(item) if descriptor.message_type else item for item in value]
+        elif descriptor.message_type:
+            value = _fields(value)
         fields[descriptor.name] = value
     return fields

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import google_crc32c
 import grpc
@@ -66,8 +67,10 @@ class KvReader:
         # How often each token of a layer has arrived, with all heads. Ranks write at tokens of their own.
         self._seen = numpy.zeros((manifest.num_layers, manifest.num_tokens), dtype=numpy.uint8)
         self._begin = time.monotonic()
-        self._lock = threading.Lock()  # guards error, _calls and _arrivals
-        self._arrivals: list[tuple[float, float, int]] = []  # of each rank: first page, last page, bytes
+        self._lock = threading.Lock()  # guards error, _calls, _arrivals and _num_bytes
+        self._arrivals: dict[int, tuple[float, float, int]] = {}  # of each rank: first page, last page, bytes
+        self._num_bytes = 0  # so far, of all ranks
+        self._num_bytes_before_end = 0
         self.error: PrefillError | None = None
         self._calls: list[grpc.Call] = []
         self._closed = threading.Event()
@@ -97,14 +100,22 @@ class KvReader:
         self._complete = True
         return self._kv
 
-    def transfer(self) -> dict[str, float | int]:
+    def prefill_ended(self) -> None:
+        """Says that compute is over: what has come until now came beside it."""
+        with self._lock:
+            self._num_bytes_before_end = self._num_bytes
+
+    def transfer(self) -> dict[str, Any]:
         """How the pages came, for figures; after finish()."""
         with self._lock:
-            arrivals = list(self._arrivals)
+            arrivals = dict(sorted(self._arrivals.items()))
         return {
-            "bytes": sum(num_bytes for _, _, num_bytes in arrivals),
-            "first_page_seconds": min((first for first, _, _ in arrivals), default=0.0),
-            "last_page_seconds": max((last for _, last, _ in arrivals), default=0.0),
+            "bytes": sum(num_bytes for _, _, num_bytes in arrivals.values()),
+            "bytes_before_end": self._num_bytes_before_end,
+            "first_page_seconds": min((first for first, _, _ in arrivals.values()), default=0.0),
+            "last_page_seconds": max((last for _, last, _ in arrivals.values()), default=0.0),
+            "ranks": [{"rank": rank, "bytes": num_bytes, "first_page_seconds": first, "last_page_seconds": last}
+                      for rank, (first, last, num_bytes) in arrivals.items()],
         }
 
     def close(self) -> None:
@@ -150,8 +161,10 @@ class KvReader:
         for response in call:
             for page in response.pages:
                 first_page = first_page or time.monotonic() - self._begin
-                num_bytes += len(page.key) + len(page.value)
                 self._place(page, shard, what)
+                num_bytes += len(page.key) + len(page.value)
+                with self._lock:
+                    self._num_bytes += len(page.key) + len(page.value)
             if response.HasField("end"):
                 end = response.end
         if end is None or not end.complete:
@@ -161,7 +174,7 @@ class KvReader:
         if num_bytes != expected or end.num_bytes != expected:
             raise data_loss(f"{what}: got {num_bytes} bytes, {end.num_bytes} were sent, {expected} were expected")
         with self._lock:
-            self._arrivals.append((first_page, time.monotonic() - self._begin, num_bytes))
+            self._arrivals[shard.rank] = (first_page, time.monotonic() - self._begin, num_bytes)
 
     def _place(self, page: kv_pb2.KvPage, shard: KvShard, what: str) -> None:
         m = self._manifest

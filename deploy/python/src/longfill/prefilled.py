@@ -23,7 +23,8 @@ class Prefilled:
     positions: int64 [P], the positions whose logits were asked for; logits: float32 [P, vocab_size].
     figures: what was measured, the fields of `longfill prefill --json`; empty where it was read from files.
     transfer: how the KV cache came, seconds since the service accepted the prompt: {"bytes", "first_page_seconds",
-        "last_page_seconds"}; empty where it was not fetched.
+        "last_page_seconds", "bytes_before_end" (of the prefill), "ranks": the first three and "rank" for each that has
+        tokens}; empty where it was not fetched.
     kv: for each layer (key, value), each [kv_heads, tokens, head_dim] as stored (bits of bfloat16 as uint16); empty where
         the KV cache was not fetched.
     """
@@ -59,11 +60,13 @@ class Prefilled:
         config: the model's config; its layers, KV heads and head dim must be those of the cache. To go on, feed the next
         token: that is next_token(), because the cache already holds every token of the prompt. The first tensors share
         memory with this object where neither dtype nor device is changed; transformers does not write into them.
+        ValueError for a prompt beyond the first chunk of dual chunk attention, which transformers does not have.
         """
         import torch
         from transformers import DynamicCache
 
         self._require_kv()
+        self._check_plain_keys(config)
         if config is not None:
             self._check_config(config)
         # transformers 5 builds its layers from the config, 4.45 has no such parameter.
@@ -96,10 +99,23 @@ class Prefilled:
         if not self.kv:
             raise ValueError("the KV cache was not fetched")
 
+    def _check_plain_keys(self, config: Any) -> None:
+        plain = self.manifest.rotary_chunk_tokens
+        if plain == 0:
+            return
+        dual_chunk = getattr(config, "dual_chunk_attention_config", None) or {}
+        plain = min(plain, dual_chunk.get("original_max_position_embeddings", plain))  # keys are scaled beyond
+        if self.manifest.num_tokens > plain:
+            raise ValueError(f"the keys of {self.manifest.num_tokens} tokens are those of dual chunk attention, which is "
+                             f"plain up to {plain} tokens; transformers does not have it")
+
     def _check_config(self, config: Any) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        wanted = (config.num_hidden_layers, heads, head_dim)
+        def read(*names: str) -> Any:  # the second name is that of remote-code ChatGLM
+            return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+        heads = read("num_key_value_heads", "multi_query_group_num") or config.num_attention_heads
+        head_dim = read("head_dim", "kv_channels") or config.hidden_size // config.num_attention_heads
+        wanted = (read("num_hidden_layers", "num_layers"), heads, head_dim)
         got = (self.manifest.num_layers, self.manifest.num_kv_heads, self.manifest.head_dim)
         if wanted != got:
             raise ValueError(f"the config has (layers, KV heads, head dim) {wanted}, the KV cache has {got}")
@@ -123,8 +139,20 @@ def load_manifest(directory: str | pathlib.Path) -> Prefilled:
     if seen.size and (seen.min() != 1 or seen.max() != 1):
         layer, head, token = (int(i) for i in numpy.argwhere(seen != 1)[0])
         raise ValueError(f"{path}: layer {layer}, KV head {head}, token {token} is in {seen[layer, head, token]} files")
-    logits = safetensors_io.read(directory / "logits.safetensors")
-    return Prefilled(manifest, numpy.array(logits["positions"][1]), numpy.array(logits["logits"][1]), {}, {}, kv)
+    positions, logits = _load_logits(directory / "logits.safetensors")
+    return Prefilled(manifest, positions, logits, {}, {}, kv)
+
+
+def _load_logits(path: pathlib.Path) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """(positions [P], logits [P, vocab_size])."""
+    tensors = safetensors_io.read(path)
+    nothing = ("nothing", numpy.empty(0))
+    (kind, positions), (logits_kind, logits) = (tensors.get(name, nothing) for name in ("positions", "logits"))
+    right = (kind, logits_kind, positions.ndim, logits.ndim) == ("I64", "F32", 1, 2)
+    if not right or len(positions) != len(logits):
+        raise ValueError(f"{path}: positions are {kind}{list(positions.shape)} and logits {logits_kind}{list(logits.shape)}, "
+                         "expected I64[P] and F32[P, vocab_size]")
+    return numpy.array(positions), numpy.array(logits)
 
 
 def _load_file(path: pathlib.Path, file: KvFile, manifest: KvManifest,

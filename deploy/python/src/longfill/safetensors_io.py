@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import struct
+from typing import Any
 
 import numpy
 
@@ -16,7 +17,8 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def read(path: pathlib.Path) -> dict[str, tuple[str, numpy.ndarray]]:
-    """Tensor name -> (dtype name, array over the mapped file). ValueError for a file that breaks the format."""
+    """Tensor name -> (dtype name, array over the mapped file). ValueError, naming the file, for one that breaks the format
+    or has a dtype that is not among _TYPES."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -25,22 +27,44 @@ def read(path: pathlib.Path) -> dict[str, tuple[str, numpy.ndarray]]:
             raise ValueError(f"{path}: not a safetensors file")
         try:
             header = json.loads(file.read(header_bytes))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: bad safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: bad safetensors header: it is no JSON object")
     begin_of_data = 8 + header_bytes
     mapped = numpy.memmap(path, dtype=numpy.uint8, mode="r")
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        begin, end = entry["data_offsets"]
-        dtype = numpy.dtype(_TYPES[entry["dtype"]])
-        expected = math.prod(entry["shape"]) * dtype.itemsize
-        if not 0 <= begin <= end <= size - begin_of_data or end - begin != expected:
-            raise ValueError(f"{path}: tensor {name}: bytes [{begin}, {end}) do not hold {entry['dtype']}{entry['shape']}")
+        try:
+            dtype, shape, begin, end = _parse_entry(entry, size - begin_of_data)
+        except ValueError as error:
+            raise ValueError(f"{path}: tensor {name}: {error}") from None
         data = mapped[begin_of_data + begin : begin_of_data + end]
-        tensors[name] = (entry["dtype"], data.view(dtype).reshape(entry["shape"]))
+        tensors[name] = (dtype, data.view(_TYPES[dtype]).reshape(shape))
     return tensors
+
+
+def _parse_entry(entry: Any, data_bytes: int) -> tuple[str, list[int], int, int]:
+    """(dtype name, shape, begin, end) of a tensor's entry of the header; the data of all tensors is `data_bytes` long."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{entry!r} is no JSON object")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _TYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(_TYPES)}")
+    if not _are_sizes(shape):
+        raise ValueError(f"shape {shape!r} is no list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"data_offsets {offsets!r} are not two offsets")
+    begin, end = offsets
+    if not begin <= end <= data_bytes or end - begin != math.prod(shape) * numpy.dtype(_TYPES[dtype]).itemsize:
+        raise ValueError(f"bytes [{begin}, {end}) of {data_bytes} do not hold {dtype}{shape}")
+    return dtype, shape, begin, end
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def write(path: pathlib.Path, tensors: dict[str, tuple[str, numpy.ndarray]]) -> None:

@@ -1,0 +1,379 @@
+// longfill bench shares: the block-share selection of one layer, as the engine runs it and by operation.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "deploy/cli/attention_rows.h"
+#include "deploy/cli/bench.h"
+#include "deploy/cli/bench_timing.h"
+#include "kernels/sparse/coverage.h"
+#include "parallel/communicator.h"
+#include "parallel/sparse_index_builder.h"
+#include "runtime/engine/engine_device.h"
+
+namespace longfill {
+namespace {
+
+constexpr int64_t kCheckedRowBlocks = 4;
+constexpr double kShareTolerance = 0.01;  // relative; the contract suite holds the bits to a tighter bound
+
+struct BenchOptions {
+  ModelOptions device;  // its device, dtype and threads
+  std::vector<int64_t> tokens = {32768, 131072, 1048576};
+  std::string attention = "block-share:4,0.1";
+  int64_t num_q_heads = 32;
+  int64_t num_kv_heads = 8;
+  int64_t head_dim = 128;
+  float q_stddev = 2;
+  std::string kernels = "auto";
+  int repeat = 5;
+  uint64_t seed = 1;
+  bool json = false;
+};
+
+struct ShareFigures {
+  int64_t num_tokens = 0;
+  Timing index;                                       // of the layer, pairs counted
+  std::vector<std::pair<std::string, Timing>> steps;  // of the first KV head and its query heads
+  double score_flop = 0;                              // of one sweep of these query heads
+  double density = 0;
+  int64_t checked_pairs = 0;  // of a row block and a key block
+
+  double ScoreTflops() const { return score_flop * 1e-12 / steps[1].second.median; }
+};
+
+// Queries and keys of one length, and what is measured on them.
+class SharesBench {
+ public:
+  SharesBench(const BenchOptions& options, const BlockShare& pattern, Backend& backend, int64_t num_tokens)
+      : options_(options),
+        pattern_(pattern),
+        backend_(backend),
+        kernels_(backend.kernels()),
+        stream_(backend.stream()),
+        dtype_(kernels_.compute_dtype()),
+        num_tokens_(num_tokens),
+        num_row_blocks_((num_tokens + kRowBlock - 1) / kRowBlock),
+        num_key_blocks_(num_tokens / kRowBlock),
+        words_((num_row_blocks_ + 63) / 64),
+        group_(options.num_q_heads / options.num_kv_heads),
+        scale_(static_cast<float>(1 / std::sqrt(static_cast<double>(options.head_dim)))),
+        min_share_(static_cast<size_t>(group_), static_cast<float>(pattern.min_share)) {}
+
+  absl::StatusOr<ShareFigures> Run() {
+    LF_RETURN_IF_ERROR(Allocate());
+    ShareFigures figures;
+    figures.num_tokens = num_tokens_;
+    LF_RETURN_IF_ERROR(TimeIndex(&figures));
+    LF_RETURN_IF_ERROR(TimeSteps(&figures));
+    LF_ASSIGN_OR_RETURN(figures.checked_pairs, Check());
+    const int64_t pairs = num_row_blocks_ * (num_row_blocks_ - 1) / 2;  // of a row block and one before it
+    figures.score_flop = 2.0 * static_cast<double>(options_.head_dim * kRowBlock * group_) *
+                         static_cast<double>(pattern_.outliers + 1) * static_cast<double>(pairs);
+    return figures;
+  }
+
+ private:
+  int64_t dim() const { return options_.head_dim; }
+  HeadsView<const void> Heads(const Buffer& rows) const { return {rows.data(), num_tokens_ * dim(), dim()}; }
+
+  absl::Status Allocate() {
+    LF_ASSIGN_OR_RETURN(q_, Random(options_.num_q_heads, options_.q_stddev, options_.seed, "queries"));
+    LF_ASSIGN_OR_RETURN(k_, Random(options_.num_kv_heads, 1, options_.seed + 1, "keys"));
+    const auto allocate = [this](int64_t bytes, const char* what) {
+      return backend_.memory().Allocate(bytes, what);
+    };
+    LF_ASSIGN_OR_RETURN(
+        representatives_,
+        allocate((pattern_.outliers + 1) * num_key_blocks_ * dim() * DTypeBytes(dtype_), "representatives"));
+    LF_ASSIGN_OR_RETURN(bits_, allocate(group_ * num_row_blocks_ * words_ * 8, "bits of row blocks"));
+    LF_ASSIGN_OR_RETURN(row_offsets_, allocate(group_ * (num_row_blocks_ + 1) * 8, "row offsets"));
+    LF_ASSIGN_OR_RETURN(key_blocks_, allocate(Capacity() * 4, "lists of key blocks"));
+    LF_ASSIGN_OR_RETURN(num_entries_, allocate(8, "the number of entries"));
+    LF_ASSIGN_OR_RETURN(
+        workspace_,
+        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes(
+                              {group_, num_tokens_, pattern_.outliers + 1, num_key_blocks_, dim()}),
+                          kernels_.BuildBlockListsWorkspaceBytes(group_, num_row_blocks_)),
+                 "the workspace of selection"));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Buffer> Random(int64_t num_heads, float stddev, uint64_t seed, const char* what) {
+    const int64_t count = num_heads * num_tokens_ * dim();
+    LF_ASSIGN_OR_RETURN(Buffer buffer, backend_.memory().Allocate(count * DTypeBytes(dtype_), what));
+    LF_RETURN_IF_ERROR(kernels_.FillRandom(
+        {.out = buffer.data(), .dtype = dtype_, .count = count, .stddev = stddev, .seed = seed}, stream_));
+    return buffer;
+  }
+
+  int64_t Capacity() const { return ShareListCapacity(num_tokens_, group_); }
+  Workspace workspace() const { return {workspace_.data(), workspace_.size_bytes()}; }
+
+  // As the engine builds it.
+  absl::Status TimeIndex(ShareFigures* figures) {
+    const std::unique_ptr<Communicator> single = CreateSingleCommunicator();
+    const AttentionGeometry geometry = {options_.num_q_heads, options_.num_kv_heads, dim(), scale_};
+    LF_ASSIGN_OR_RETURN(SparseIndexBuilder builder,
+                        SparseIndexBuilder::Create(backend_, *single, geometry, Coverage::kTiles));
+    const std::vector<HeadPattern> patterns(static_cast<size_t>(options_.num_q_heads), pattern_);
+    std::vector<double> seconds;
+    for (int run = 0; run <= options_.repeat; ++run) {
+      LF_ASSIGN_OR_RETURN(const LayerIndex layer,
+                          builder.Build(ShardPlan({1, 1}, num_tokens_), Heads(q_), Heads(k_), patterns));
+      if (run > 0) seconds.push_back(layer.seconds);  // the first one warms up
+      int64_t covered = 0;
+      for (const PairCounts& pairs : layer.pairs) covered += pairs.covered;
+      figures->density = static_cast<double>(covered) / static_cast<double>(options_.num_q_heads) /
+                         static_cast<double>(CausalPairs(num_tokens_));
+    }
+    figures->index = TimingOf(std::move(seconds));
+    return absl::OkStatus();
+  }
+
+  absl::Status Represent() {
+    return kernels_.Representatives({.k = Heads(k_),
+                                     .num_heads = 1,
+                                     .num_keys = num_tokens_,
+                                     .head_dim = dim(),
+                                     .num_outliers = pattern_.outliers,
+                                     .out = representatives_.data()},
+                                    stream_);
+  }
+  absl::Status Select() {
+    return kernels_.SelectByShare({.q = Heads(q_),
+                                   .num_heads = group_,
+                                   .num_rows = num_tokens_,
+                                   .representatives = representatives_.data(),
+                                   .num_representatives = pattern_.outliers + 1,
+                                   .num_key_blocks = num_key_blocks_,
+                                   .head_dim = dim(),
+                                   .scale = scale_,
+                                   .min_share = min_share_,
+                                   .bits = bits_.as<uint64_t>(),
+                                   .words_per_row = words_},
+                                  workspace(), stream_);
+  }
+  absl::Status MakeLists() {
+    LF_RETURN_IF_ERROR(kernels_.Zero(num_entries_.data(), 8, stream_));
+    return kernels_.BuildBlockLists({.bits = bits_.as<uint64_t>(),
+                                     .words_per_row = words_,
+                                     .num_heads = group_,
+                                     .num_row_blocks = num_row_blocks_,
+                                     .row_offsets = row_offsets_.as<int64_t>(),
+                                     .row_offsets_stride = num_row_blocks_ + 1,
+                                     .key_blocks = key_blocks_.as<int32_t>(),
+                                     .capacity = Capacity(),
+                                     .num_entries = num_entries_.as<int64_t>()},
+                                    workspace(), stream_);
+  }
+
+  absl::Status TimeSteps(ShareFigures* figures) {
+    const std::pair<const char*, std::function<absl::Status()>> steps[] = {
+        {"representatives", [this] { return Represent(); }},
+        {"selection", [this] { return Select(); }},
+        {"lists", [this] { return MakeLists(); }}};
+    LF_ASSIGN_OR_RETURN(const std::unique_ptr<Event> begin, backend_.NewEvent());
+    LF_ASSIGN_OR_RETURN(const std::unique_ptr<Event> end, backend_.NewEvent());
+    for (const auto& [name, step] : steps) {
+      std::vector<double> seconds;
+      for (int run = 0; run < options_.repeat; ++run) {
+        LF_RETURN_IF_ERROR(begin->Record(stream_));
+        LF_RETURN_IF_ERROR(step());
+        LF_RETURN_IF_ERROR(end->Record(stream_));
+        LF_RETURN_IF_ERROR(stream_.Sync());
+        LF_ASSIGN_OR_RETURN(const double once, end->SecondsSince(*begin));
+        seconds.push_back(once);
+      }
+      figures->steps.emplace_back(name, TimingOf(std::move(seconds)));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::vector<float>> DownloadRows(const void* from, int64_t count) {
+    std::vector<char> stored(static_cast<size_t>(count * DTypeBytes(dtype_)));
+    LF_RETURN_IF_ERROR(kernels_.CopyOut(stored.data(), from, std::ssize(stored), stream_));
+    LF_RETURN_IF_ERROR(stream_.Sync());
+    std::vector<float> values(static_cast<size_t>(count));
+    WidenToFloat(stored.data(), dtype_, count, values.data());
+    return values;
+  }
+
+  // A few row blocks of the last query head of the first KV head, against shares in fp64 of the device's
+  // representatives. Returns how many pairs of a row block and a key block were decided.
+  absl::StatusOr<int64_t> Check() {
+    LF_ASSIGN_OR_RETURN(
+        const std::vector<float> representatives,
+        DownloadRows(representatives_.data(), (pattern_.outliers + 1) * num_key_blocks_ * dim()));
+    int64_t decided = 0;
+    for (int64_t i = 1; i <= kCheckedRowBlocks; ++i) {
+      const int64_t m = std::max<int64_t>(0, num_row_blocks_ * i / kCheckedRowBlocks - 1);
+      const int64_t first_row = m * kRowBlock;
+      const int64_t num_rows = std::min(kRowBlock, num_tokens_ - first_row);
+      const int64_t head = group_ - 1;
+      LF_ASSIGN_OR_RETURN(const std::vector<float> q,
+                          DownloadRows(Advance(q_.data(), (head * num_tokens_ + first_row) * dim(), dtype_),
+                                       num_rows * dim()));
+      std::vector<uint64_t> bits(static_cast<size_t>(words_));
+      LF_RETURN_IF_ERROR(kernels_.CopyOut(
+          bits.data(), bits_.as<uint64_t>() + (head * num_row_blocks_ + m) * words_, words_ * 8, stream_));
+      LF_RETURN_IF_ERROR(stream_.Sync());
+      const std::vector<double> shares = LargestShares(q, num_rows, m, representatives);
+      for (int64_t b = 1; b + kForcedNearestBlocks <= m; ++b) {
+        const bool kept = (bits[b / 64] >> (b % 64) & 1) != 0;
+        const double ratio = shares[b] / pattern_.min_share;
+        if (std::abs(ratio - 1) < kShareTolerance) continue;
+        if (kept != (ratio > 1)) {
+          return absl::InternalError(absl::StrCat("row block ", m, kept ? " keeps" : " drops", " key block ",
+                                                  b, ", whose largest share is ", shares[b]));
+        }
+        ++decided;
+      }
+    }
+    return decided;
+  }
+
+  // That a row gives each of the first `num_blocks` key blocks.
+  std::vector<double> LargestShares(const std::vector<float>& q, int64_t num_rows, int64_t num_blocks,
+                                    const std::vector<float>& representatives) const {
+    std::vector<double> largest(static_cast<size_t>(num_blocks), 0);
+    std::vector<double> scores(largest.size());
+    for (int64_t row = 0; row < num_rows; ++row) {
+      double highest = -INFINITY, sum = 0;
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        scores[b] = -INFINITY;
+        for (int64_t r = 0; r <= pattern_.outliers; ++r) {
+          const float* representative = representatives.data() + (r * num_key_blocks_ + b) * dim();
+          scores[b] =
+              std::max(scores[b], scale_ * Dot<double>(q.data() + row * dim(), representative, dim()));
+        }
+        highest = std::max(highest, scores[b]);
+      }
+      for (double& score : scores) sum += score = std::exp(score - highest);
+      for (int64_t b = 0; b < num_blocks; ++b) largest[b] = std::max(largest[b], scores[b] / sum);
+    }
+    return largest;
+  }
+
+  const BenchOptions& options_;
+  const BlockShare pattern_;
+  Backend& backend_;
+  KernelSet& kernels_;
+  Stream& stream_;
+  const DType dtype_;
+  const int64_t num_tokens_, num_row_blocks_, num_key_blocks_, words_;
+  const int64_t group_;  // query heads of a KV head
+  const float scale_;
+  const std::vector<float> min_share_;
+  Buffer q_, k_, representatives_, bits_, row_offsets_, key_blocks_, num_entries_, workspace_;
+};
+
+nlohmann::ordered_json ToJson(const ShareFigures& figures) {
+  nlohmann::ordered_json steps = nlohmann::ordered_json::object();
+  for (const auto& [name, timing] : figures.steps) steps[name] = ToJson(timing);
+  return {{"tokens", figures.num_tokens},     {"index_seconds", ToJson(figures.index)},
+          {"step_seconds", std::move(steps)}, {"score_tflops", figures.ScoreTflops()},
+          {"density", figures.density},       {"checked_pairs", figures.checked_pairs}};
+}
+
+std::string TextOf(const ShareFigures& figures) {
+  std::string text = absl::StrFormat("%d tokens: density %.4f, %d decisions checked\n", figures.num_tokens,
+                                     figures.density, figures.checked_pairs);
+  const auto line = [&](const std::string& name, const Timing& timing) {
+    text += absl::StrFormat("  %-24s", name) + ToText(timing) + "\n";
+  };
+  line("index of the layer", figures.index);
+  text += "  the first KV head:\n";
+  for (const auto& [name, timing] : figures.steps) line(name, timing);
+  return text + absl::StrFormat("  %.1f TFLOP/s on one sweep of scores\n", figures.ScoreTflops());
+}
+
+absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
+  if (options.num_q_heads % options.num_kv_heads != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--q-heads ", options.num_q_heads, " is not a multiple of --kv-heads ", options.num_kv_heads));
+  }
+  LF_RETURN_IF_ERROR(CheckKernels(options.kernels, options.device));
+  LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(options.attention));
+  if (const auto* shares = std::get_if<BlockShare>(&pattern)) return *shares;
+  return absl::InvalidArgumentError(
+      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU"));
+}
+
+absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
+  LF_ASSIGN_OR_RETURN(const BlockShare pattern, PatternOf(options));
+  LF_ASSIGN_OR_RETURN(DeviceOptions device, MakeDeviceOptions(options.device, 1, 0));
+  device.generic_kernels = options.kernels == "generic";
+  LF_ASSIGN_OR_RETURN(const std::shared_ptr<Backend> backend, CreateBackend(device));
+  nlohmann::ordered_json cases = nlohmann::ordered_json::array();
+  if (!options.json) std::printf("%s, %s\n", backend->facts().name.c_str(), ToString(pattern).c_str());
+  for (const int64_t num_tokens : options.tokens) {
+    LF_RETURN_IF_ERROR(signals.ShouldStop());
+    LF_ASSIGN_OR_RETURN(const ShareFigures figures,
+                        SharesBench(options, pattern, *backend, num_tokens).Run());
+    cases.push_back(ToJson(figures));
+    if (!options.json) std::printf("%s", TextOf(figures).c_str());
+    std::fflush(stdout);
+  }
+  if (options.json) {
+    const nlohmann::ordered_json report = {
+        {"device", backend->facts().name}, {"attention", ToString(pattern)},
+        {"q_heads", options.num_q_heads},  {"kv_heads", options.num_kv_heads},
+        {"head_dim", options.head_dim},    {"q_stddev", options.q_stddev},
+        {"repeat", options.repeat},        {"cases", std::move(cases)}};
+    std::printf("%s\n", report.dump(1).c_str());
+  }
+  if (std::fflush(stdout) == 0) return absl::OkStatus();
+  return absl::InternalError("cannot write to standard output");
+}
+
+int BenchShares(BenchOptions options, CommandContext& context) {
+  if (context.launch.parallel) return Report(absl::InvalidArgumentError("bench shares runs on one rank"));
+  if (options.device.threads == 0) options.device.threads = DefaultThreads(1);
+  return Report(Measure(options, *context.signals));
+}
+
+}  // namespace
+
+Command AddBenchShares(CLI::App& bench) {
+  CLI::App* app =
+      bench.add_subcommand("shares", "Time and check a layer's block-share selection on random Q and K");
+  auto options = std::make_shared<BenchOptions>();
+  app->add_option("--tokens", options->tokens, "lengths of the prompt (default: 32768,131072,1048576)")
+      ->type_name("N,...")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{1}, (int64_t{1} << 31) - 128));
+  app->add_option("--attention", options->attention, "of every head (default: block-share:4,0.1)")
+      ->type_name("block-share:R,TAU");
+  const CLI::Range heads(1, 65536);
+  app->add_option("--q-heads", options->num_q_heads, "query heads (default: 32)")
+      ->type_name("N")
+      ->check(heads);
+  app->add_option("--kv-heads", options->num_kv_heads, "KV heads (default: 8)")->type_name("N")->check(heads);
+  app->add_option("--head-dim", options->head_dim, "(default: 128)")
+      ->type_name("D")
+      ->check(CLI::Range(1, 4096));
+  app->add_option(
+         "--q-stddev", options->q_stddev,
+         "of the queries' elements, those of keys have 1: the standard deviation of scores (default: 2)")
+      ->type_name("S")
+      ->check(CLI::Range(0.001, 1000.0));
+  app->add_option("--repeat", options->repeat, "timed runs (default: 5)")
+      ->type_name("R")
+      ->check(CLI::Range(1, 1000));
+  app->add_option("--seed", options->seed, "of Q and K (default: 1)")->type_name("S");
+  app->add_flag("--json", options->json, "one JSON object and nothing else on standard output");
+  AddKernelsOption(*app, options->kernels);
+  AddDeviceOption(*app, options->device);
+  AddThreadsOption(*app, options->device);
+  return {app, [options](CommandContext& context) { return BenchShares(*options, context); }};
+}
+
+}  // namespace longfill

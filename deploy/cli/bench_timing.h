@@ -1,0 +1,43 @@
+#ifndef LONGFILL_DEPLOY_CLI_BENCH_TIMING_H_
+#define LONGFILL_DEPLOY_CLI_BENCH_TIMING_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+
+namespace longfill {
+
+// Seconds of one thing, measured several times.
+struct Timing {
+  double median = 0;
+  double least = 0;
+  double most = 0;
+
+  double Spread() const { return median > 0 ? (most - least) / median : 0; }
+};
+
+// Precondition: not empty.
+inline Timing TimingOf(std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  const size_t half = seconds.size() / 2;
+  const double median = seconds.size() % 2 == 1 ? seconds[half] : (seconds[half - 1] + seconds[half]) / 2;
+  return {median, seconds.front(), seconds.back()};
+}
+
+inline nlohmann::ordered_json ToJson(const Timing& timing) {
+  return {{"median", timing.median}, {"min", timing.least}, {"max", timing.most}};
+}
+
+// "  12.345 ms (12.301 to 12.402)"
+inline std::string ToText(const Timing& timing) {
+  return absl::StrFormat("%10.3f ms (%.3f to %.3f)", 1e3 * timing.median, 1e3 * timing.least,
+                         1e3 * timing.most);
+}
+
+}  // namespace longfill
+
+#endif  // LONGFILL_DEPLOY_CLI_BENCH_TIMING_H_

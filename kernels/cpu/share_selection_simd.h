@@ -1,0 +1,26 @@
+#ifndef LONGFILL_KERNELS_CPU_SHARE_SELECTION_SIMD_H_
+#define LONGFILL_KERNELS_CPU_SHARE_SELECTION_SIMD_H_
+
+// Steps of selection by share for one block of up to 64 rows, which lie in vector lanes. Arrays of lanes are
+// aligned to 64 bytes.
+
+#include <cstdint>
+
+#include "kernels/cpu/tile_constants.h"
+
+namespace longfill {
+
+// scores[b][lane] = max over r of the product of packed[.][lane] with rows[b * num_representatives + r], and
+// row_max[lane] is raised to it. products [num_blocks * num_representatives, kTileLanes] is scratch.
+void ScoreBlocks(const float* packed, int64_t head_dim, const float* const* rows, int64_t num_blocks,
+                 int64_t num_representatives, float* products, float* scores, float* row_max);
+
+// scores[b][lane] becomes 2^(scores[b][lane] - row_max[lane]); row_sum[lane] is their sum, in ascending b.
+void ExponentiateBlocks(const float* row_max, int64_t num_blocks, float* scores, float* row_sum);
+
+// Sets bit b of `bits` where scores[b][lane] >= threshold[lane] for some lane.
+void VoteForBlocks(const float* scores, int64_t num_blocks, const float* threshold, uint64_t* bits);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_KERNELS_CPU_SHARE_SELECTION_SIMD_H_

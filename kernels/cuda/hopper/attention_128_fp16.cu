@@ -1,0 +1,8 @@
+#include "kernels/cuda/hopper/launch_attention.cuh"
+
+namespace longfill::cuda::hopper {
+
+template absl::Status LaunchAttention<DType::kFloat16, 128>(const attention::Args&, int, const DeviceLimits&,
+                                                            cudaStream_t);
+
+}  // namespace longfill::cuda::hopper

@@ -1,0 +1,16 @@
+#ifndef LONGFILL_KERNELS_CUDA_INDEX_SHARE_SELECTION_H_
+#define LONGFILL_KERNELS_CUDA_INDEX_SHARE_SELECTION_H_
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/api/kernel_set.h"
+
+namespace longfill {
+
+// KernelSet::SelectByShare for head dims 64, 96, 128 and 256 and rows aligned to 16 bytes. Takes no
+// workspace. Launches are cut so that none is predicted above 200 ms.
+absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute_dtype, cudaStream_t stream);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_KERNELS_CUDA_INDEX_SHARE_SELECTION_H_

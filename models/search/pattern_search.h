@@ -1,0 +1,83 @@
+#ifndef LONGFILL_MODELS_SEARCH_PATTERN_SEARCH_H_
+#define LONGFILL_MODELS_SEARCH_PATTERN_SEARCH_H_
+
+// The offline, kernel-aware search (arXiv 2407.02490, section 3.2, algorithm 1): candidates of equal kernel
+// time, scored on calibration prompts, and a pattern for each head under a target for all of them.
+// models/search/README.md tells how.
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "models/pattern_file.h"
+#include "models/search/cost_table.h"
+#include "models/search/pattern_solver.h"
+#include "models/search/score_pass.h"
+
+namespace longfill {
+
+enum class SearchValue : uint8_t {
+  kRecall,  // mean recall
+  kError,   // 1 - relative error of the output, not below 0
+};
+
+struct SearchOptions {
+  std::vector<HeadPattern> families;
+  // Kernel time of a candidate on the mean head, as a share of that of `reference`: each family is scaled to
+  // each of them. Empty: families are candidates as they are.
+  std::vector<double> budgets;
+  HeadPattern reference = kUnlistedHeadPattern;  // always a candidate too, as it is; not dense
+  int64_t target_tokens = 0;                     // length at which time counts; some sample has it
+  SearchValue value = SearchValue::kRecall;
+  // Exactly one: total time as a share of that of `reference` on all heads, or the mean value.
+  std::optional<double> time_share;
+  std::optional<double> mean_value;
+  // Heads whose recall stays below are given more of their family, kRefinementFactor at a time, beyond the
+  // target; 0: none is.
+  double head_recall = 0;
+};
+inline constexpr double kRefinementFactor = 2;
+inline constexpr int kRefinementRounds = 5;  // then the head is dense
+
+struct Candidate {
+  HeadPattern pattern;
+  HeadPattern family;  // whose curve predicts its time
+  friend bool operator==(const Candidate&, const Candidate&) = default;
+};
+
+// Families at equal kernel time, the reference first; of equal patterns the first stays. A budget that a
+// family cannot go down to gives none. InvalidArgument: the table does not have a family at that length.
+absl::StatusOr<std::vector<Candidate>> BalanceCandidates(const CostTable& table,
+                                                         const SearchOptions& options);
+
+// Of all heads together: their sum of seconds, the mean of the rest.
+struct SearchTotals {
+  double seconds = 0;  // predicted, at target_tokens
+  double recall = 0;
+  double last_recall = 0;
+  double error = 0;
+  double least_recall = 1;  // of a head
+};
+
+struct SearchResult {
+  PatternSet patterns;  // with the recall of each head as its score
+  SearchTotals totals;
+  SearchTotals reference;  // the same of the reference on all heads
+  std::vector<Candidate> candidates;
+  std::vector<TradeOffPoint> curve;  // before refinement
+  TradeOffPoint chosen;              // on it
+  int64_t num_refined = 0;           // heads
+};
+
+// Every rank calls this with equal arguments and gets an equal result. Errors are those of BalanceCandidates,
+// ScoreCandidates and ChoosePatterns.
+absl::StatusOr<SearchResult> SearchPatterns(const SearchModel& model,
+                                            std::span<const std::vector<int32_t>> samples,
+                                            const CostTable& table, const SearchOptions& options,
+                                            Communicator& world, const ScorePassOptions& pass);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_MODELS_SEARCH_PATTERN_SEARCH_H_

@@ -1,0 +1,53 @@
+#ifndef LONGFILL_RUNTIME_ENGINE_DEVICE_COMMUNICATOR_H_
+#define LONGFILL_RUNTIME_ENGINE_DEVICE_COMMUNICATOR_H_
+
+// How ranks exchange memory of their devices.
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "kernels/api/backend.h"
+#include "kernels/base/status.h"
+#include "parallel/communicator.h"
+#include "parallel/nccl_communicator.h"
+
+namespace longfill {
+
+enum class CommunicatorKind : uint8_t {
+  kAuto,    // NCCL where every rank has a GPU of its own, else staged
+  kNccl,    // from GPU to GPU
+  kStaged,  // through page-locked host memory and the communicator of the group
+};
+
+struct DeviceCommunicatorOptions {
+  CommunicatorKind kind = CommunicatorKind::kAuto;
+  NcclOptions nccl;
+};
+
+// What a rank tells the others before they choose.
+struct RankDevice {
+  std::string id;        // DeviceFacts::id; empty: the CPU
+  int nccl_version = 0;  // NcclVersionCode; 0: it has none
+};
+
+struct CommunicatorChoice {
+  CommunicatorKind kind = CommunicatorKind::kStaged;  // never kAuto
+  std::string reason;                                 // in words, for logs
+};
+
+// A function of what all ranks know, so that they choose alike. FailedPrecondition naming ranks and GPU, or
+// what is missing, where NCCL is asked for and cannot be used.
+absl::StatusOr<CommunicatorChoice> ChooseCommunicator(const DeviceCommunicatorOptions& options,
+                                                      std::span<const RankDevice> ranks);
+
+// Collective over `world`: a communicator for memory of `backend`'s device. An error of NCCL aborts `world`.
+absl::StatusOr<std::unique_ptr<Communicator>> CreateDeviceCommunicator(const CommunicatorChoice& choice,
+                                                                       const NcclOptions& nccl,
+                                                                       Communicator& world, Backend& backend);
+
+}  // namespace longfill
+
+#endif  // LONGFILL_RUNTIME_ENGINE_DEVICE_COMMUNICATOR_H_

@@ -1,0 +1,446 @@
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numeric>
+
+#include "kernels/cpu/oracle/oracle.h"
+#include "tests/contract/backend_fixture.h"
+#include "tests/testing/sanitized.h"
+
+namespace longfill {
+namespace {
+
+using ::testing::HasSubstr;
+
+int64_t RowBlocksOf(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
+
+class ShareSelectionTest : public BackendTest {
+ protected:
+  // [heads, outliers + 1, keys / 64, dim]
+  Buffer Represent(const std::vector<float>& k, int64_t heads, int64_t keys, int64_t dim, int64_t outliers) {
+    const Buffer on_backend = UploadCompute(k);
+    Buffer out = ComputeArray(heads * (outliers + 1) * (keys / kRowBlock) * dim);
+    RepresentativesParams params;
+    params.k = {on_backend.data(), keys * dim, dim};
+    params.num_heads = heads;
+    params.num_keys = keys;
+    params.head_dim = dim;
+    params.num_outliers = outliers;
+    params.out = out.data();
+    LF_EXPECT_OK(kernels().Representatives(params, stream()));
+    LF_EXPECT_OK(stream().Sync());
+    return out;
+  }
+
+  struct Case {
+    int64_t rows = 0;
+    PositionMap positions = PositionMap::Contiguous(0);
+    int64_t dim = 64;
+    int64_t num_representatives = 1;
+    int64_t num_key_blocks = 0;
+    float scale = 1;
+    std::vector<float> min_share;  // of each head
+  };
+  // [heads][row blocks][words]; q [heads, rows, dim]
+  using Bits = std::vector<std::vector<std::vector<uint64_t>>>;
+  Bits Select(const std::vector<float>& q, const Buffer& representatives, const Case& c) {
+    const Buffer on_backend = UploadCompute(q);
+    const auto heads = std::ssize(c.min_share);
+    const int64_t row_blocks = RowBlocksOf(c.rows);
+    const int64_t words = c.num_key_blocks / 64 + 2;  // more than needed
+    const Buffer bits = Bytes(heads * row_blocks * words * 8);
+    ShareSelectionParams params;
+    params.q = {on_backend.data(), c.rows * c.dim, c.dim};
+    params.num_heads = heads;
+    params.num_rows = c.rows;
+    params.positions = c.positions;
+    params.representatives = representatives.data();
+    params.num_representatives = c.num_representatives;
+    params.num_key_blocks = c.num_key_blocks;
+    params.head_dim = c.dim;
+    params.scale = c.scale;
+    params.min_share = c.min_share;
+    params.bits = bits.as<uint64_t>();
+    params.words_per_row = words;
+    const Workspace workspace = NewWorkspace(kernels().ShareSelectionWorkspaceBytes(
+        {heads, c.rows, c.num_representatives, c.num_key_blocks, c.dim}));
+    LF_EXPECT_OK(kernels().SelectByShare(params, workspace, stream()));
+    const std::vector<uint64_t> flat = Download<uint64_t>(bits.data(), heads * row_blocks * words);
+    Bits result(static_cast<size_t>(heads));
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t m = 0; m < row_blocks; ++m) {
+        const auto from = flat.begin() + (h * row_blocks + m) * words;
+        result[h].emplace_back(from, from + words);
+      }
+    }
+    return result;
+  }
+
+  // How far fp32 sums of rounded products may move a share, as a part of it.
+  double Tolerance() { return on_gpu() ? 2e-3 : 1e-4; }
+};
+LF_INSTANTIATE_BACKENDS(ShareSelectionTest);
+
+bool IsSet(const std::vector<uint64_t>& bits, int64_t n) { return (bits[n / 64] >> (n % 64) & 1) != 0; }
+
+TEST_P(ShareSelectionTest, RepresentativesAreTheMeanAndTheFarthestKeys) {
+  for (const int64_t keys : {0, 1, 63, 64, 65, 127, 128, 129, 331}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      for (const int64_t outliers : {0, 1, 4, 16}) {
+        SCOPED_TRACE(testing::Message() << keys << " keys of " << dim << ", " << outliers << " outliers");
+        const int64_t heads = 3, blocks = keys / kRowBlock;
+        const std::vector<float> k = Rounded(NormalFloats(heads * keys * dim, 21));
+        const Buffer out = Represent(k, heads, keys, dim, outliers);
+        const std::vector<float> got = DownloadCompute(out.data(), heads * (outliers + 1) * blocks * dim);
+        for (int64_t h = 0; h < heads; ++h) {
+          const float* of_head = k.data() + h * keys * dim;
+          const auto want = oracle::ChooseRepresentatives(of_head, keys, dim, outliers);
+          const float* planes = got.data() + h * (outliers + 1) * blocks * dim;
+          for (int64_t i = 0; i < blocks * dim; ++i) {
+            ASSERT_NEAR(planes[i], want.means[i], 2 * epsilon() * std::abs(want.means[i]) + 1e-6);
+          }
+          for (int64_t b = 0; b < blocks; ++b) {
+            std::vector<int64_t> chosen;
+            for (int64_t r = 0; r < outliers; ++r) {
+              const float* row = planes + ((r + 1) * blocks + b) * dim;
+              int64_t key = b * kRowBlock;
+              while (key < (b + 1) * kRowBlock && !std::equal(row, row + dim, of_head + key * dim)) ++key;
+              ASSERT_LT(key, (b + 1) * kRowBlock) << "not a key of block " << b;
+              // The r-th farthest, up to rounding of distances.
+              EXPECT_NEAR(want.distances[key], want.distances[want.outliers[b][r]], 1e-4);
+              chosen.push_back(key);
+            }
+            std::sort(chosen.begin(), chosen.end());
+            EXPECT_EQ(std::unique(chosen.begin(), chosen.end()), chosen.end()) << "a key twice";
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ShareSelectionTest, OfKeysAtTheSameDistanceTheLowerIsFarther) {
+  const int64_t dim = 64, outliers = 16;
+  std::vector<float> k(kRowBlock * dim, 0.0F);  // pairs of opposite axes: mean 0, all at distance 2
+  for (int64_t key = 0; key < kRowBlock; ++key) k[key * dim + key / 2] = key % 2 == 0 ? 2.0F : -2.0F;
+  const Buffer out = Represent(k, 1, kRowBlock, dim, outliers);
+  const std::vector<float> got = DownloadCompute(out.data(), (outliers + 1) * dim);
+  EXPECT_EQ(std::vector<float>(got.begin(), got.begin() + dim), std::vector<float>(dim, 0.0F));
+  EXPECT_EQ(std::vector<float>(got.begin() + dim, got.end()),
+            std::vector<float>(k.begin(), k.begin() + outliers * dim));
+}
+
+TEST_P(ShareSelectionTest, AgreesWithTheOracle) {
+  int64_t kept = 0, dropped = 0;
+  for (const int64_t tokens : {1, 63, 64, 65, 127, 128, 129, 1009, 4999}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      if (tokens > 2000 && (dim == 96 || kSanitized)) continue;
+      const int64_t outliers = tokens % 3 == 0 ? 0 : tokens % 3 == 1 ? 4 : 7;
+      const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};  // four query heads of one KV head
+      const auto heads = std::ssize(min_share);
+      const int64_t blocks = tokens / kRowBlock;
+      const std::vector<float> q = Rounded(NormalFloats(heads * tokens * dim, 22));
+      const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
+      const Buffer representatives = Represent(k, 1, tokens, dim, outliers);
+      const std::vector<float> planes =
+          DownloadCompute(representatives.data(), (outliers + 1) * blocks * dim);
+      const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
+      const Bits got = Select(q, representatives,
+                              {.rows = tokens,
+                               .dim = dim,
+                               .num_representatives = outliers + 1,
+                               .num_key_blocks = blocks,
+                               .scale = scale,
+                               .min_share = min_share});
+      for (int64_t h = 0; h < heads; ++h) {
+        const auto want =
+            oracle::SelectByShare(q.data() + h * tokens * dim, tokens, dim, {planes.begin(), planes.end()},
+                                  outliers + 1, scale, min_share[h]);
+        for (int64_t m = 0; m < std::ssize(want.blocks); ++m) {
+          for (int64_t n = 0; n < std::ssize(got[h][m]) * 64; ++n) {
+            const bool selected = IsSet(got[h][m], n);
+            const std::string where = testing::PrintToString(std::vector<int64_t>{tokens, dim, h, m, n}) +
+                                      " tokens, dim, head, row, block";
+            if (n > m) {
+              ASSERT_FALSE(selected) << where;
+            } else if (n == 0 || m - n < kForcedNearestBlocks) {
+              ASSERT_TRUE(selected) << where;
+            } else if (want.shares[m][n] > min_share[h] * (1 + Tolerance())) {
+              ASSERT_TRUE(selected) << where << ", share " << want.shares[m][n];
+              ++kept;
+            } else if (want.shares[m][n] < min_share[h] * (1 - Tolerance())) {
+              ASSERT_FALSE(selected) << where << ", share " << want.shares[m][n];
+              ++dropped;
+            }
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(kept, kSanitized ? 200 : 10000);
+  EXPECT_GT(dropped, kSanitized ? 200 : 10000);
+}
+
+// The bits of a row block are those of the whole prompt for ranks, chunks and heads of a call.
+TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
+  const int64_t tokens = 2999, dim = 64, outliers = 4, heads = 3, blocks = tokens / kRowBlock;
+  const std::vector<float> q = NormalFloats(heads * tokens * dim, 24, 2.0F);
+  const Buffer representatives = Represent(NormalFloats(tokens * dim, 25), 1, tokens, dim, outliers);
+  Case whole = {.rows = tokens,
+                .dim = dim,
+                .num_representatives = outliers + 1,
+                .num_key_blocks = blocks,
+                .scale = 0.125F,
+                .min_share = {0.05F, 0.1F, 0.2F}};
+  const Bits want = Select(q, representatives, whole);
+  const auto expect_rows = [&](const PositionMap& positions, int64_t rows, int64_t head) {
+    Case part = whole;
+    part.rows = rows;
+    part.positions = positions;
+    part.min_share = {whole.min_share[head]};
+    std::vector<float> own;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto from = q.begin() + (head * tokens + positions.Position(r)) * dim;
+      own.insert(own.end(), from, from + dim);
+    }
+    const Bits got = Select(own, representatives, part);
+    for (int64_t m = 0; m < RowBlocksOf(rows); ++m) {
+      const int64_t row_block = positions.Position(m * kRowBlock) / kRowBlock;
+      EXPECT_EQ(got[0][m], want[head][row_block]) << "head " << head << ", row block " << row_block;
+    }
+  };
+  for (const int64_t ranks : {2, 3}) {
+    for (int64_t rank = 0; rank < ranks; ++rank) {
+      const PositionMap positions = {rank * 128, 128, ranks * 128};
+      expect_rows(positions, positions.RowsBelow(tokens), rank);
+    }
+  }
+  for (const int64_t begin : {0, 64, 1984}) {
+    for (const int64_t end : {2048, 2999}) expect_rows(PositionMap::Contiguous(begin), end - begin, 1);
+  }
+}
+
+// A GPU does so many heads, and so many rows, in several launches.
+TEST_P(ShareSelectionTest, TakesAnyNumberOfHeads) {
+  const int64_t tokens = 1000, dim = 64, heads = 130, blocks = tokens / kRowBlock;
+  const std::vector<float> q = NormalFloats(heads * tokens * dim, 28, 2.0F);
+  const Buffer representatives = Represent(NormalFloats(tokens * dim, 29), 1, tokens, dim, 0);
+  Case all = {.rows = tokens, .dim = dim, .num_key_blocks = blocks, .scale = 0.125F};
+  for (int64_t h = 0; h < heads; ++h) all.min_share.push_back(0.02F + 0.002F * static_cast<float>(h));
+  const Bits got = Select(q, representatives, all);
+  for (const int64_t head : {0, 1, 63, 64, 65, 127, 128, 129}) {
+    Case one = all;
+    one.min_share = {all.min_share[head]};
+    const auto from = q.begin() + head * tokens * dim;
+    EXPECT_EQ(got[head], Select({from, from + tokens * dim}, representatives, one)[0]) << "head " << head;
+  }
+}
+
+TEST_P(ShareSelectionTest, TakesAnyNumberOfRows) {
+  if (!on_gpu()) GTEST_SKIP() << "a CPU has no launches, and needs minutes for so many rows";
+  const int64_t rows = 150'016, dim = 128, num_representatives = kMaxOutliers + 1, blocks = 16384;
+  const int64_t first = blocks * kRowBlock - rows;  // the last rows of a million
+  const std::vector<float> q = NormalFloats(rows * dim, 30);
+  const Buffer representatives = UploadCompute(NormalFloats(num_representatives * blocks * dim, 31));
+  const Case all = {.rows = rows,
+                    .positions = PositionMap::Contiguous(first),
+                    .dim = dim,
+                    .num_representatives = num_representatives,
+                    .num_key_blocks = blocks,
+                    .scale = 0.3F,
+                    .min_share = {0.01F}};
+  const Bits got = Select(q, representatives, all);
+  int64_t selected = 0;
+  for (const int64_t begin : {int64_t{0}, int64_t{8192}, rows / 2 / kRowBlock * kRowBlock, rows - 256}) {
+    Case part = all;
+    part.rows = 256;
+    part.positions = PositionMap::Contiguous(first + begin);
+    const auto from = q.begin() + begin * dim;
+    const Bits want = Select({from, from + part.rows * dim}, representatives, part);
+    for (int64_t m = 0; m < part.rows / kRowBlock; ++m) {
+      EXPECT_EQ(got[0][begin / kRowBlock + m], want[0][m]) << "row block " << begin / kRowBlock + m;
+      for (const uint64_t word : want[0][m]) selected += std::popcount(word);
+    }
+  }
+  EXPECT_GT(selected, 16 * 3 * kForcedNearestBlocks) << "only forced blocks";
+}
+
+// Whatever the mean of its block says.
+TEST_P(ShareSelectionTest, OneKeyThatARowWantsKeepsItsBlock) {
+  const int64_t tokens = 4096, dim = 64;
+  std::vector<float> q = NormalFloats(tokens * dim, 26, 0.1F);
+  std::vector<float> k = NormalFloats(tokens * dim, 27, 0.5F);
+  const int64_t key = 1000, row = 3000;
+  for (int64_t i = 0; i < dim; ++i) k[key * dim + i] = q[row * dim + i] = i % 2 == 0 ? 2.0F : -2.0F;
+  const auto blocks_of = [&](int64_t outliers) {
+    return Select(q, Represent(k, 1, tokens, dim, outliers),
+                  {.rows = tokens,
+                   .dim = dim,
+                   .num_representatives = outliers + 1,
+                   .num_key_blocks = tokens / kRowBlock,
+                   .scale = 0.125F,
+                   .min_share = {0.5F}})[0];
+  };
+  const auto by_outliers = blocks_of(1);
+  const auto by_means = blocks_of(0);
+  for (int64_t m = 0; m < tokens / kRowBlock; ++m) {
+    const int64_t wanted = m - key / kRowBlock;
+    if (wanted < kForcedNearestBlocks) continue;
+    EXPECT_EQ(IsSet(by_outliers[m], key / kRowBlock), m == row / kRowBlock) << "row block " << m;
+    EXPECT_FALSE(IsSet(by_means[m], key / kRowBlock)) << "row block " << m;
+  }
+}
+
+TEST_P(ShareSelectionTest, NothingToDoIsLegal) {
+  RepresentativesParams none;
+  none.head_dim = 64;
+  LF_EXPECT_OK(kernels().Representatives(none, stream()));
+  ShareSelectionParams params;
+  LF_EXPECT_OK(kernels().SelectByShare(params, {}, stream()));
+  const Buffer offsets = Bytes(8), entries = Bytes(8);
+  LF_EXPECT_OK(kernels().Zero(entries.data(), 8, stream()));
+  BuildBlockListsParams lists;
+  lists.num_heads = 1;  // of an empty prompt
+  lists.row_offsets = offsets.as<int64_t>();
+  lists.num_entries = entries.as<int64_t>();
+  LF_EXPECT_OK(kernels().BuildBlockLists(lists, NewWorkspace(kernels().BuildBlockListsWorkspaceBytes(1, 0)),
+                                         stream()));
+  EXPECT_EQ(Download<int64_t>(offsets.data(), 1)[0], 0);
+  EXPECT_EQ(Download<int64_t>(entries.data(), 1)[0], 0);
+}
+
+TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
+  const Buffer data = UploadCompute(std::vector<float>(size_t{17} * 8 * 256, 0.0F));
+  const Buffer bits = Bytes(512 * 8);
+  const std::vector<float> min_share = {0.5F};
+  ShareSelectionParams good;
+  good.q = {data.data(), 512 * 64, 64};
+  good.num_heads = 1;
+  good.num_rows = 512;
+  good.representatives = data.data();
+  good.num_representatives = 5;
+  good.num_key_blocks = 8;
+  good.head_dim = 64;
+  good.scale = 1;
+  good.min_share = min_share;
+  good.bits = bits.as<uint64_t>();
+  good.words_per_row = 1;
+  const auto run = [&](const ShareSelectionParams& params) {
+    return kernels().SelectByShare(
+        params, NewWorkspace(kernels().ShareSelectionWorkspaceBytes({1, 512, 17, 8, 256})), stream());
+  };
+  LF_EXPECT_OK(run(good));
+  const auto expect = [&](const char* message, const auto& change) {
+    ShareSelectionParams bad = good;
+    change(bad);
+    EXPECT_THAT(run(bad), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+  };
+  expect("num_key_blocks 6", [](ShareSelectionParams& p) { p.num_key_blocks = 6; });
+  expect("words_per_row 0", [](ShareSelectionParams& p) { p.words_per_row = 0; });
+  expect("num_representatives 0", [](ShareSelectionParams& p) { p.num_representatives = 0; });
+  expect("num_representatives 18", [](ShareSelectionParams& p) { p.num_representatives = 18; });
+  expect("scale 0", [](ShareSelectionParams& p) { p.scale = 0; });
+  expect("first 32", [](ShareSelectionParams& p) { p.positions = PositionMap::Contiguous(32); });
+  expect("block 96", [](ShareSelectionParams& p) { p.positions = {0, 96, 192}; });
+  expect("2 values of min_share", [](ShareSelectionParams& p) {
+    static const std::vector<float> two = {0.5F, 0.5F};
+    p.min_share = two;
+  });
+  for (const float share : {0.0F, 1.5F, NAN}) {
+    expect("min_share", [share](ShareSelectionParams& p) { p.min_share = {&share, 1}; });
+  }
+  good.head_dim = 12;
+  EXPECT_THAT(run(good), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("head_dim 12")));
+
+  RepresentativesParams many;
+  many.k = {data.data(), 0, 64};
+  many.num_heads = 1;
+  many.num_keys = 64;
+  many.head_dim = 64;
+  many.num_outliers = 17;
+  EXPECT_THAT(kernels().Representatives(many, stream()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("num_outliers 17")));
+}
+
+class BlockListsTest : public BackendTest {
+ protected:
+  struct Lists {
+    std::vector<int64_t> row_offsets;  // [heads, row blocks + 1]
+    std::vector<int32_t> key_blocks;   // [capacity]
+    int64_t num_entries = 0;
+  };
+  // bits [heads, row blocks, words]; calls of `heads_at_once` heads, or of `rows_at_once` row blocks of one.
+  Lists Build(const std::vector<uint64_t>& bits, int64_t heads, int64_t row_blocks, int64_t words,
+              int64_t capacity, int64_t heads_at_once, int64_t rows_at_once) {
+    const Buffer on_backend = Upload(bits);
+    const Buffer offsets = Bytes(heads * (row_blocks + 1) * 8);
+    const Buffer key_blocks = Bytes(capacity * 4);
+    const Buffer entries = Bytes(8);
+    LF_EXPECT_OK(kernels().Zero(entries.data(), 8, stream()));
+    for (int64_t head = 0; head < heads; head += heads_at_once) {
+      for (int64_t row = 0; row < row_blocks; row += rows_at_once) {
+        BuildBlockListsParams params;
+        params.bits = on_backend.as<uint64_t>() + (head * row_blocks + row) * words;
+        params.words_per_row = words;
+        params.num_heads = std::min(heads_at_once, heads - head);
+        params.num_row_blocks = std::min(rows_at_once, row_blocks - row);
+        params.row_offsets = offsets.as<int64_t>() + head * (row_blocks + 1) + row;
+        params.row_offsets_stride = row_blocks + 1;
+        params.key_blocks = key_blocks.as<int32_t>();
+        params.capacity = capacity;
+        params.num_entries = entries.as<int64_t>();
+        const Workspace workspace =
+            NewWorkspace(kernels().BuildBlockListsWorkspaceBytes(params.num_heads, params.num_row_blocks));
+        LF_EXPECT_OK(kernels().BuildBlockLists(params, workspace, stream()));
+      }
+    }
+    return {Download<int64_t>(offsets.data(), heads * (row_blocks + 1)),
+            Download<int32_t>(key_blocks.data(), capacity), Download<int64_t>(entries.data(), 1)[0]};
+  }
+};
+LF_INSTANTIATE_BACKENDS(BlockListsTest);
+
+TEST_P(BlockListsTest, AreTheBitsInOrderHeadAfterHead) {
+  for (const int64_t row_blocks : {1, 2, 63, 64, 65, 1031}) {
+    for (const int64_t words : {1, 2, 17, 70}) {
+      const int64_t heads = 5;
+      std::vector<uint64_t> bits;
+      for (const float value : NormalFloats(heads * row_blocks * words, static_cast<uint32_t>(words))) {
+        const uint64_t word = std::bit_cast<uint32_t>(value) * 0x9E3779B97F4A7C15ULL;
+        bits.push_back(value < -1  ? 0
+                       : value < 1 ? word & word << 7 & word >> 5
+                       : value < 2 ? word
+                                   : ~uint64_t{0});
+      }
+      std::vector<int64_t> offsets;
+      std::vector<int32_t> key_blocks;
+      for (int64_t row = 0; row < heads * row_blocks; ++row) {
+        if (row % row_blocks == 0) offsets.push_back(std::ssize(key_blocks));
+        for (int64_t n = 0; n < words * 64; ++n) {
+          if ((bits[row * words + n / 64] >> (n % 64) & 1) != 0)
+            key_blocks.push_back(static_cast<int32_t>(n));
+        }
+        offsets.push_back(std::ssize(key_blocks));
+      }
+      const int64_t total = std::ssize(key_blocks);
+      for (const int64_t capacity : {total, total + 3, total / 2, int64_t{0}}) {
+        SCOPED_TRACE(testing::Message() << row_blocks << " row blocks of " << words << " words, room for "
+                                        << capacity << " of " << total);
+        std::vector<int64_t> cut_offsets = offsets;
+        for (int64_t& offset : cut_offsets) offset = std::min(offset, capacity);
+        std::vector<int32_t> cut_blocks = key_blocks;
+        cut_blocks.resize(static_cast<size_t>(capacity), 0x7F7F7F7F);  // what Bytes() left there
+        for (const auto& [heads_at_once, rows_at_once] :
+             {std::pair(heads, row_blocks), {int64_t{2}, row_blocks}, {int64_t{1}, int64_t{48}}}) {
+          const Lists got = Build(bits, heads, row_blocks, words, capacity, heads_at_once, rows_at_once);
+          ASSERT_EQ(got.num_entries, total);
+          ASSERT_EQ(got.row_offsets, cut_offsets);
+          ASSERT_EQ(got.key_blocks, cut_blocks);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace longfill

@@ -1,0 +1,179 @@
+#include "models/search/pattern_search.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "kernels/sparse/coverage.h"
+#include "models/search/calibration.h"
+#include "models/search/evaluation.h"
+#include "models/search/pattern_family.h"
+#include "tests/unit/search/search_fixture.h"
+
+namespace longfill {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int64_t kTokens = 1024;
+const std::vector<std::vector<int32_t>> kSamples = {PromptOf(kTokens, 11), PromptOf(700, 5)};
+const HeadPattern kReference = VerticalSlash{64, 400};
+
+// Pairs cost the same in every family, so that costs can be checked by hand.
+CostTable PairTable(const SmallModel& model, const std::vector<HeadPattern>& families) {
+  CostTable table(TableDeviceOf(model.view(), Coverage::kTiles));
+  const auto all = static_cast<double>(CausalPairs(kTokens));
+  table.Add({Dense(), kTokens, {{1, all, all, 0}}});
+  for (const HeadPattern& family : families) {
+    CostCurve curve{.family = family, .num_tokens = kTokens};
+    for (const double scale : {0.0625, 0.125, 0.25, 0.5, 1.0, 2.0}) {
+      curve.points.push_back({scale, all * scale / 2, all * scale / 2, 0});
+    }
+    table.Add(curve);
+  }
+  return table;
+}
+
+SearchOptions Options() {
+  return {.families = {kReference, AShape{64, 256}, BlockShare{2, 0.1}},
+          .budgets = {0.25, 0.5, 1},
+          .reference = kReference,
+          .target_tokens = kTokens,
+          .time_share = 0.5};
+}
+
+absl::StatusOr<SearchResult> Search(const SearchOptions& options) {
+  const SmallModel model;
+  const auto world = CreateSingleCommunicator();
+  return SearchPatterns(model.view(), kSamples, PairTable(model, options.families), options, *world,
+                        {.sample = SmallPass()});
+}
+
+TEST(PatternSearch, CandidatesTakeEqualTimeByTheTable) {
+  const SmallModel model;
+  SearchOptions options = Options();
+  const CostTable table = PairTable(model, options.families);
+  LF_ASSERT_OK_AND_ASSIGN(const auto candidates, BalanceCandidates(table, options));
+  // The reference, three families at a quarter and a half, and at its whole time the two that are not it.
+  const std::vector<HeadPattern> want = {kReference,         VerticalSlash{16, 100}, VerticalSlash{32, 200},
+                                         AShape{16, 64},     AShape{32, 128},        AShape{64, 256},
+                                         BlockShare{2, 0.4}, BlockShare{2, 0.2},     BlockShare{2, 0.1}};
+  ASSERT_EQ(candidates.size(), want.size());
+  for (size_t i = 0; i < want.size(); ++i) EXPECT_EQ(candidates[i].pattern, want[i]) << i;
+
+  options.budgets = {0.01};  // below what the table has
+  LF_ASSERT_OK_AND_ASSIGN(const auto few, BalanceCandidates(table, options));
+  EXPECT_EQ(few.size(), 1U);
+  options.budgets = {};
+  LF_ASSERT_OK_AND_ASSIGN(const auto given, BalanceCandidates(table, options));
+  EXPECT_EQ(given.size(), 3U);
+  options.target_tokens = 2 * kTokens;
+  EXPECT_THAT(BalanceCandidates(table, options).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("2048 is beyond")));
+}
+
+TEST(PatternSearch, StaysWithinTheTimeAndIsTheSameTwice) {
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult first, Search(Options()));
+  EXPECT_LE(first.totals.seconds, 0.5 * first.reference.seconds * (1 + 1e-12));
+  EXPECT_GT(first.totals.seconds, 0);
+  EXPECT_EQ(first.patterns.num_layers(), 3);
+  double sum = 0;
+  for (int64_t layer = 0; layer < 3; ++layer) {
+    for (int64_t head = 0; head < 4; ++head) sum += first.patterns.score(layer, head).value();
+  }
+  EXPECT_NEAR(sum / 12, first.totals.recall, 1e-6);
+  EXPECT_NEAR(first.chosen.mean_value, first.totals.recall, 1e-9);
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult second, Search(Options()));
+  EXPECT_EQ(first.patterns, second.patterns);
+}
+
+// The scores in the result are what a measurement of its patterns says.
+TEST(PatternSearch, RecallIsThatOfTheEvaluation) {
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult result, Search(Options()));
+  const SmallModel model;
+  const std::vector<PatternSet> sets = {result.patterns, PatternSet::Uniform(kReference, 3, 4)};
+  LF_ASSERT_OK_AND_ASSIGN(const auto judged,
+                          EvaluatePatterns(model.view(), kSamples, sets, {.pass = SmallPass()}));
+  EXPECT_NEAR(judged[0].recall, result.totals.recall, 1e-9);
+  EXPECT_NEAR(judged[0].error, result.totals.error, 1e-9);
+  EXPECT_NEAR(judged[1].recall, result.reference.recall, 1e-9);
+  EXPECT_NEAR(judged[1].last_recall, result.reference.last_recall, 1e-9);
+  EXPECT_GT(judged[1].attention_seconds, 0);
+}
+
+TEST(PatternSearch, ReachesARecallAndLeavesNoHeadBelowTheLeast) {
+  SearchOptions options = Options();
+  options.time_share.reset();
+  options.mean_value = 0.9;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult mean, Search(options));
+  EXPECT_GE(mean.totals.recall, 0.9);
+  ASSERT_LT(mean.totals.least_recall, 0.99);
+  options.head_recall = 0.99;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult refined, Search(options));
+  EXPECT_GE(refined.totals.least_recall, 0.99);
+  EXPECT_GT(refined.num_refined, 0);
+  EXPECT_GT(refined.totals.seconds, mean.totals.seconds);
+  // Whoever reached it before has what it had.
+  for (int64_t layer = 0; layer < 3; ++layer) {
+    for (int64_t head = 0; head < 4; ++head) {
+      if (mean.patterns.score(layer, head) < 0.99) continue;
+      EXPECT_EQ(refined.patterns.at(layer, head), mean.patterns.at(layer, head));
+    }
+  }
+}
+
+TEST(PatternSearch, ErrorIsAValueToo) {
+  SearchOptions options = Options();
+  options.value = SearchValue::kError;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_error, Search(options));
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_recall, Search(Options()));
+  EXPECT_LE(by_error.totals.error, by_recall.totals.error + 1e-9);
+  EXPECT_GE(by_recall.totals.recall, by_error.totals.recall - 1e-9);
+}
+
+TEST(PatternSearch, TheLengthThatCountsIsOneOfTheSamples) {
+  SearchOptions options = Options();
+  options.target_tokens = 512;
+  EXPECT_THAT(Search(options).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("512 tokens")));
+}
+
+TEST(Calibration, MeasuresEveryFamilyAtEveryLength) {
+  const SmallModel model;
+  const std::vector<HeadPattern> families = {kReference, AShape{64, 256}};
+  int64_t last_done = 0, last_total = 0;
+  LF_ASSERT_OK_AND_ASSIGN(const CostTable table,
+                          MeasureCosts(model.view(), kSamples,
+                                       {.families = families,
+                                        .num_layers = 2,
+                                        .runs = 1,
+                                        .pass = SmallPass(),
+                                        .on_progress = [&](int64_t done, int64_t total) {
+                                          last_done = done;
+                                          last_total = total;
+                                        }}));
+  EXPECT_EQ(last_done, last_total);
+  EXPECT_EQ(last_total, 2 * 2 * 3);
+  EXPECT_EQ(table.curves().size(), 6U);
+  LF_EXPECT_OK(table.CheckIsFor(TableDeviceOf(model.view(), Coverage::kTiles)));
+  LF_ASSERT_OK_AND_ASSIGN(const CostCurve dense, table.CurveAt(Dense(), kTokens));
+  ASSERT_EQ(dense.points.size(), 1U);
+  EXPECT_EQ(dense.points[0].pairs, static_cast<double>(CausalPairs(kTokens)));
+  LF_ASSERT_OK_AND_ASSIGN(const CostCurve a_shape, table.CurveAt(AShape{64, 256}, kTokens));
+  ASSERT_EQ(a_shape.points.size(), CalibrationScales().size());
+  // Pairs of an A-shape are known: at scale 1/4 the keys below 16 and the nearest 64.
+  double pairs = 0;
+  for (int64_t row = 0; row < kTokens; ++row) {
+    for (int64_t key = 0; key <= row; ++key) pairs += key < 16 || row - key < 64 ? 1 : 0;
+  }
+  const auto quarter = std::find_if(a_shape.points.begin(), a_shape.points.end(),
+                                    [](const CostPoint& point) { return point.scale == 0.25; });
+  ASSERT_NE(quarter, a_shape.points.end());
+  EXPECT_EQ(quarter->pairs, pairs);
+  for (const CostPoint& point : a_shape.points) EXPECT_GT(point.seconds(), 0);
+  LF_ASSERT_OK_AND_ASSIGN(const CostTable read, ParseCostTable(table.ToJson(), "t"));
+  EXPECT_EQ(read.curves(), table.curves());
+}
+
+}  // namespace
+}  // namespace longfill
