@@ -224,8 +224,9 @@ class ParallelAttention::AttentionRun {
       output.out = {Advance(params_.out, mine.q.front() * width_, kernels_.compute_dtype()), width_,
                     geometry_.num_q_heads * width_};
     }
-    const bool beside_exchange = exchanges() && num_rounds_ > 1;
-    cta_limit_ = beside_exchange ? owner_.options_.ctas_beside_exchange : 0;
+    const bool receives = exchanges() && round + 1 < num_rounds_ && !layout_.one_place;
+    const bool returns = layout_.head_exchange && round > 0;
+    cta_limit_ = receives || returns ? owner_.options_.ctas_beside_exchange : 0;
     LF_RETURN_IF_ERROR(owner_.attention_timer_.Begin(stream_));
     LF_RETURN_IF_ERROR(Compute(mine, input, output));
     LF_RETURN_IF_ERROR(owner_.attention_timer_.End(stream_));

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds longfill and runs every test that this machine can run; ends with ctest's summary. Usage:
 #   tests/run.sh            format, clang-tidy, tests of the preset cpu, build of the CUDA backend and its kernel contract tests
-#                           (needs nvcc; without a GPU its GPU tests skip), ASan+UBSan over unit, contract and multi-rank
-#                           tests, TSan over all tests without gRPC and MPI
+#                           (needs nvcc; without a GPU its GPU tests skip), ASan+UBSan over unit and multi-rank tests, TSan
+#                           over all tests without gRPC and MPI; those leave out tests that need a GPU
 #   tests/run.sh --quick    the preset cpu alone
 #   tests/run.sh --long     also the tests with the label long, which take an hour
 # Environment: LONGFILL_SHARED_DIR, the folder with needle-20m and recorded data (default: `shared` beside the checkout);
@@ -65,21 +65,22 @@ if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
   find kernels/cuda tests/unit/cuda -name '*.cc' ! -name cuda_absent.cc -print0 |
     xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-90}"
   step "kernel contract tests of the preset cuda"
-  ctest --preset cuda -L contract
+  ctest --preset cuda -L contract -R '/cuda_'
 else
   step "skipped: build and tests of the preset cuda, since there is no nvcc on PATH or in /usr/local/cuda/bin"
 fi
 
-build asan longfill_tests
-step "unit, contract and multi-rank tests under ASan and UBSan"
+gpu_tests='^Backends/.*/(cuda_|nccl)'
+build asan longfill_tests_unit longfill_tests_multirank
+step "unit and multi-rank tests under ASan and UBSan"
 # Open MPI and its libraries leak at exit; nothing of ours is suppressed. Ranks of mpirun run the tests that
 # ranks as threads do.
 LSAN_OPTIONS=suppressions=$PWD/tests/testing/lsan_suppressions.txt:print_suppressions=0 \
-  ctest --preset asan -L 'unit|contract|multirank' -LE 'long|e2e' -E '^Mpi[.][24]Ranks$|^bench_kernels_smoke$'
+  ctest --preset asan -L 'unit|multirank' -E "$gpu_tests|^Mpi[.][24]Ranks\$|^bench_kernels_smoke\$"
 
-build tsan longfill_tests
+build tsan longfill_tests_unit longfill_tests_contract longfill_tests_multirank
 step "all tests without gRPC and MPI under TSan"
 # The TSan of GCC 12 cannot start where the kernel spreads mappings over more than 28 random bits.
 without_aslr=()
 setarch "$(uname -m)" -R true 2>/dev/null && without_aslr=(setarch "$(uname -m)" -R)
-"${without_aslr[@]}" ctest --preset tsan -L 'unit|contract|multirank' -E '^bench_kernels_smoke$'
+"${without_aslr[@]}" ctest --preset tsan -L 'unit|contract|multirank' -E "$gpu_tests|^bench_kernels_smoke\$"

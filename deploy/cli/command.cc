@@ -112,6 +112,11 @@ void AddDeviceOption(CLI::App& app, ModelOptions& options) {
                  "(default): nccl where every rank has a GPU of its own")
       ->type_name("WHAT")
       ->check(CLI::IsMember({"auto", "mpi", "nccl"}));
+  app.add_option(
+         "--nccl-ctas", options.nccl_ctas,
+         "multiprocessors that NCCL may take, and that attention leaves to it while both run (default: 8)")
+      ->type_name("N")
+      ->check(CLI::Range(1, 64));
 }
 
 void AddWeightsOption(CLI::App& app, ModelOptions& options) {
@@ -242,6 +247,7 @@ absl::StatusOr<DeviceCommunicatorOptions> MakeCommunicatorOptions(const ModelOpt
   if (options.communicator == "nccl") communicator.kind = CommunicatorKind::kNccl;
   if (options.communicator == "mpi") communicator.kind = CommunicatorKind::kStaged;
   communicator.nccl.ranks_share_gpus = NcclRanksMayShareGpus();
+  communicator.nccl.max_ctas = options.nccl_ctas;
   if (options.communicator == "nccl" && options.device == "cpu") {
     return absl::InvalidArgumentError("--communicator nccl is for ranks on GPUs, and --device is cpu");
   }

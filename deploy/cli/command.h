@@ -13,6 +13,7 @@
 #include "kernels/base/status.h"
 #include "models/weights.h"
 #include "parallel/mesh.h"
+#include "parallel/nccl_communicator.h"
 #include "runtime/engine/prefill_engine.h"
 
 namespace longfill {
@@ -57,12 +58,13 @@ int ReportNoWorld(const Launch& launch, const absl::Status& status);
 // Options that several subcommands share.
 struct ModelOptions {
   std::string model_dir;
-  std::string mesh_text;               // empty: sequence=ranks,head=1
-  std::string device = "cpu";          // "cpu", "cuda" or "cuda:N"
-  std::string device_dtype;            // empty: that of the device
-  std::string communicator = "auto";   // "auto", "nccl" or "mpi"
-  std::string weights = "replicated";  // or "sharded"
-  int threads = 0;                     // 0: DefaultThreads
+  std::string mesh_text;                   // empty: sequence=ranks,head=1
+  std::string device = "cpu";              // "cpu", "cuda" or "cuda:N"
+  std::string device_dtype;                // empty: that of the device
+  std::string communicator = "auto";       // "auto", "nccl" or "mpi"
+  int nccl_ctas = NcclOptions().max_ctas;  // NcclOptions
+  std::string weights = "replicated";      // or "sharded"
+  int threads = 0;                         // 0: DefaultThreads
   int64_t dense_below = AttentionDefaults{}.dense_below;
   int64_t memory_limit_bytes = 0;  // of each rank; 0: what is available when a prompt comes
   std::string patterns_path;

@@ -273,7 +273,7 @@ void AddTargets(CLI::App& app, SearchCommandOptions& options) {
           ->type_name("X")
           ->check(CLI::Range(1e-6, 1e6));
   app.add_option("--recall", options.mean_recall,
-                 "target: mean recall of all heads (of --value error: 1 - mean error), as cheap as it can be")
+                 "target: mean --value of all heads (of error: 1 - mean error), as cheap as it can be")
       ->type_name("R")
       ->check(CLI::Range(1e-6, 1.0))
       ->excludes(time);
@@ -282,9 +282,12 @@ void AddTargets(CLI::App& app, SearchCommandOptions& options) {
          "heads below it get more of their pattern after that, beyond the target, until they reach it")
       ->type_name("R")
       ->check(CLI::Range(1e-6, 1.0));
-  app.add_option("--value", options.value, "what makes a candidate good: recall (default) or error")
+  app.add_option(
+         "--value", options.value,
+         "what makes a candidate good: recall, over all sampled rows; end (default), half of it that over\n"
+         "the last 64 rows, where a question stands and decoding goes on; or error, of the output")
       ->type_name("WHAT")
-      ->check(CLI::IsMember({"error", "recall"}));
+      ->check(CLI::IsMember({"end", "error", "recall"}));
   app.add_option("--target-tokens", options.target_tokens,
                  "length at which time counts; some prompt has it (default: the longest)")
       ->type_name("N")

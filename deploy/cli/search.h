@@ -35,7 +35,7 @@ struct SearchCommandOptions {
   double time_share = 0;   // 0: not given
   double mean_recall = 0;  // 0: not given
   double head_recall = 0;  // 0: not given
-  std::string value = "recall";
+  std::string value = "end";
   std::string coverage = "tiles";
   int64_t target_tokens = 0;  // 0: the longest sample
   int64_t max_rows = 0;       // 0: kDefaultSearchRows

@@ -77,7 +77,9 @@ absl::StatusOr<SearchOptions> MakeSearchOptions(const SearchCommandOptions& opti
     return absl::InvalidArgumentError(absl::StrCat("--target-tokens: no sample has ", search.target_tokens,
                                                    " tokens, the length at which time counts"));
   }
-  search.value = options.value == "error" ? SearchValue::kError : SearchValue::kRecall;
+  search.value = options.value == "error"    ? SearchValue::kError
+                 : options.value == "recall" ? SearchValue::kRecall
+                                             : SearchValue::kEnd;
   if (options.mean_recall > 0) {
     search.mean_value = options.mean_recall;
   } else {

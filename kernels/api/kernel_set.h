@@ -106,7 +106,9 @@ enum class RotaryForm : uint8_t {
 
 // Rotates the first rotary_dim of head_dim and moves rows from token-major to head-major:
 // out[h][row] = scale_and_rotate(x[row][h]) with angle position * inv_freq[i]; the rest of the row is copied.
-// Angles are formed in fp64, so that position 1,048,575 is as exact as position 1.
+// The angle is rounded to fp32 as decoders round it (transformers, vLLM, SGLang), whose queries meet these
+// keys: at position 1,048,575 an exact angle would be up to 0.03 rad from theirs. Its cosine and sine are
+// exact to fp32.
 struct RotaryParams {
   const void* x = nullptr;  // [num_rows, num_heads * head_dim], row stride x_stride
   int64_t x_stride = 0;

@@ -142,7 +142,7 @@ absl::Status CpuRotary(const RotaryParams& params, ThreadPool& pool) {
     float sine[kMaxHeadDim / 2];
     const double position = static_cast<double>(params.positions.Position(params.row_offset + row));
     for (int64_t i = 0; i < params.rotary_dim / 2; ++i) {
-      const double angle = position * params.inv_freq[static_cast<size_t>(i)];
+      const double angle = static_cast<float>(position * params.inv_freq[static_cast<size_t>(i)]);
       cosine[i] = static_cast<float>(params.attention_scale * std::cos(angle));
       sine[i] = static_cast<float>(params.attention_scale * std::sin(angle));
     }

@@ -29,11 +29,11 @@ struct RotaryArguments {
   int64_t head_stride;
 };
 
-// Cosine and sine of position * inv_freq, times attention_scale. In half turns the reduction to [-1, 1] is
-// exact.
+// Cosine and sine of position * inv_freq, rounded to fp32, times attention_scale. In half turns the reduction
+// to [-1, 1] is exact.
 __device__ float2 CosSin(double position, double inv_freq, float attention_scale) {
   constexpr double kOneOverPi = 0.31830988618379067154;
-  double half_turns = position * inv_freq * kOneOverPi;
+  double half_turns = static_cast<double>(static_cast<float>(position * inv_freq)) * kOneOverPi;
   half_turns -= 2 * rint(half_turns * 0.5);
   float sine;
   float cosine;

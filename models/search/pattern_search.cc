@@ -115,7 +115,15 @@ class PatternSearch {
   }
 
   double ValueOf(const ScoredPattern& pattern) const {
-    return options_.value == SearchValue::kRecall ? pattern.recall : std::max(0.0, 1 - pattern.error);
+    switch (options_.value) {
+      case SearchValue::kEnd:
+        return (pattern.recall + pattern.last_recall) / 2;
+      case SearchValue::kRecall:
+        return pattern.recall;
+      case SearchValue::kError:
+        return std::max(0.0, 1 - pattern.error);
+    }
+    return 0;
   }
 
   absl::Status Choose() {

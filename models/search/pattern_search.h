@@ -19,7 +19,8 @@
 namespace longfill {
 
 enum class SearchValue : uint8_t {
-  kRecall,  // mean recall
+  kEnd,  // mean of the recall over all sampled rows and that over the last ones, from which decoding goes on
+  kRecall,  // mean recall over all sampled rows
   kError,   // 1 - relative error of the output, not below 0
 };
 
@@ -30,7 +31,7 @@ struct SearchOptions {
   std::vector<double> budgets;
   HeadPattern reference = kUnlistedHeadPattern;  // always a candidate too, as it is; not dense
   int64_t target_tokens = 0;                     // length at which time counts; some sample has it
-  SearchValue value = SearchValue::kRecall;
+  SearchValue value = SearchValue::kEnd;
   // Exactly one: total time as a share of that of `reference` on all heads, or the mean value.
   std::optional<double> time_share;
   std::optional<double> mean_value;

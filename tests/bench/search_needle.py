@@ -104,6 +104,8 @@ def main():
     parser.add_argument("--samples", type=int, default=2, help="calibration prompts of each length")
     parser.add_argument("--judge", type=int, default=3, help="prompts of each length that it is judged on")
     parser.add_argument("--time", type=float, default=0.45, help="target of the search; below a half, since a prediction errs")
+    parser.add_argument("--target-tokens", type=int, default=0, help="length at which time counts (default: the longest)")
+    parser.add_argument("--value", default="end", help="what makes a candidate good, as `longfill search` takes it")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=pathlib.Path, help="where files stay (default: a temporary folder)")
@@ -118,10 +120,11 @@ def main():
         tokens = [part for path in samples for part in ("--tokens", path)]
         patterns, costs = work / "patterns.json", work / "costs.json"
         begin = time.monotonic()
-        longfill("search", "--model", MODEL, *tokens, "--calibrate", "--out", costs, *device)
+        if not costs.exists():
+            longfill("search", "--model", MODEL, *tokens, "--calibrate", "--out", costs, *device)
         calibrated = time.monotonic()
         print(longfill("search", "--model", MODEL, *tokens, "--cost", costs, "--out", patterns, "--time", args.time,
-                       "--rows", args.rows, *device))
+                       "--rows", args.rows, "--value", args.value, "--target-tokens", args.target_tokens or max(lengths), *device))
         print(f"calibration {calibrated - begin:.1f} s, search {time.monotonic() - calibrated:.1f} s", flush=True)
         print("| tokens | pattern | passed | mean recall | last rows | mean error | density | attention, s | index, s |")
         print("|---|---|---|---|---|---|---|---|---|", flush=True)

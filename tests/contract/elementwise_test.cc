@@ -220,7 +220,7 @@ struct RotaryYardstick {
   std::vector<float> naive;
 };
 
-// All in the order of the result, [head][row][dim]. The naive angle is formed in fp64 and turned in fp32.
+// All in the order of the result, [head][row][dim]. The naive form turns in fp32.
 RotaryYardstick Yardstick(const RotaryCase& c, const std::vector<float>& x,
                           const std::vector<double>& inv_freq, const std::vector<int64_t>& positions,
                           float attention_scale) {
@@ -249,7 +249,7 @@ RotaryYardstick Yardstick(const RotaryCase& c, const std::vector<float>& x,
         const bool second = split ? i >= pairs : i % 2 == 1;
         const float a = row[split ? pair : 2 * pair];
         const float b = row[split ? pair + pairs : 2 * pair + 1];
-        const double angle = static_cast<double>(positions[r]) * inv_freq[pair];
+        const double angle = static_cast<float>(static_cast<double>(positions[r]) * inv_freq[pair]);
         const auto cosine = static_cast<float>(std::cos(angle)) * attention_scale;
         const auto sine = static_cast<float>(std::sin(angle)) * attention_scale;
         yardstick.naive.push_back(second ? b * cosine + a * sine : a * cosine - b * sine);

@@ -27,14 +27,14 @@ def run(pack, checks, arguments):
     directory = pack.path("models", REAL_MODELS[0])
     meshes = meshes_of(arguments.ranks)
     num_tokens = 1024 if arguments.small else 8192
-    ids = make_prompts(pack, num_tokens - 1, 1, num_tokens)[0][1]
+    ids = make_prompts(pack, num_tokens - 1, 1)[0][1]
     noise = bfloat16_noise(pack, directory, ids)
     check_meshes(pack, checks, directory, ids, SPARSE, noise, meshes)
     check_meshes(pack, checks, directory, ids, "dense", noise, meshes[-1:])
     for tokens, count in (SMALL_NEEDLES if arguments.small else NEEDLES).items():
         # A program starts for each mesh; time is for all of them at one length.
         some = meshes[:1] if tokens == max(NEEDLES) else meshes
-        check_needles(pack, checks, make_prompts(pack, tokens, count, 1 << 20), tokens, some)
+        check_needles(pack, checks, make_prompts(pack, tokens, count), tokens, some)
         shutil.rmtree(pack.work / f"needle-{tokens}")
 
 

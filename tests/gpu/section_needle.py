@@ -11,7 +11,7 @@ import shutil
 import numpy
 import oracle
 import torch
-from prompts import PUBLISHED, make_prompts
+from prompts import PUBLISHED, make_prompts, model_for
 from section_goldens import REAL_MODELS
 
 MODEL = REAL_MODELS[0]
@@ -30,12 +30,11 @@ TWO_DENSE = "32768,131072"
 
 def run(pack, checks, arguments):
     pack.use_python_packages()
-    config = json.loads((pack.path("models", MODEL) / "config.json").read_text(encoding="utf-8"))
     lengths = arguments.needle or (SMALL_PROMPTS if arguments.small else DEFAULT_PROMPTS)
     two_dense = arguments.two_dense if arguments.two_dense is not None else ("2048" if arguments.small else TWO_DENSE)
     for text in lengths.split(","):
         num_tokens, _, count = text.partition("=")
-        prompts = make_prompts(pack, int(num_tokens), int(count), config["max_position_embeddings"])
+        prompts = make_prompts(pack, int(num_tokens), int(count))
         check_length(pack, checks, int(num_tokens), prompts, arguments.budgets.split(","), num_tokens in two_dense.split(","),
                      arguments.coverage.split(","))
         shutil.rmtree(pack.work / f"needle-{num_tokens}")
@@ -52,8 +51,9 @@ def check_length(pack, checks, num_tokens, prompts, budgets, two_dense, coverage
         checks.at_least(f"{name}, dense: passed, of {count}", sum(passed), published, "published kernels")
     noise = 0.0
     if two_dense:
-        noise = float(numpy.mean([oracle.divergence(a, b) for a, b in zip(torch_dense(pack, prompts), dense)]))
-        checks.info(f"{name}, dense: KL(torch's || ours)", noise)
+        of_torch = torch_dense(pack, prompts)
+        noise = float(numpy.mean([oracle.divergence(a, b) for a, b in zip(of_torch, dense)]))
+        checks.info(f"{name}, dense: KL(torch's || ours)", noise, f"torch's passes {sum(passes(of_torch, answers))} of {len(prompts)}")
     for budget in budgets:
         for coverage in coverages:
             sparse, seconds = prefill(pack, prompts, "vertical-slash:" + budget.replace("/", ","), coverage)
@@ -75,7 +75,8 @@ def prefill(pack, prompts, attention, coverage="tiles", ranks=None, mesh=None):
     """([2, vocab] of every prompt, seconds a prompt); one process, or one under mpirun for each rank, computes them all."""
     out = pack.work / "needle-out"
     last = len(prompts[0][1]) - 1
-    arguments = ["prefill", "--model", pack.path("models", MODEL), "--out", out, "--device", pack.device, "--attention",
+    model = model_for(pack, MODEL, len(prompts[0][1]))
+    arguments = ["prefill", "--model", model, "--out", out, "--device", pack.device, "--attention",
                  attention, "--coverage", coverage, "--kv", "discard", "--logits", f"{last - 1},{last}", "--json"]
     for path, _, _ in prompts:
         arguments += ["--tokens", path]
@@ -102,7 +103,7 @@ def passes(logits, answers):
 def torch_dense(pack, prompts):
     """What torch's dense attention gives for the same prompts, in bfloat16."""
     attention = "sdpa" if hasattr(torch.nn.functional, "scaled_dot_product_attention") else "eager"
-    model = oracle.load_model(pack.path("models", MODEL), torch.bfloat16, pack.device, attention)
+    model = oracle.load_model(model_for(pack, MODEL, len(prompts[0][1])), torch.bfloat16, pack.device, attention)
     logits = []
     for _, ids, _ in prompts:
         result, _ = oracle.prefill(model, ids, [len(ids) - 2, len(ids) - 1], keep_kv=False)

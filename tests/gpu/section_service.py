@@ -23,7 +23,7 @@ def run(pack, checks, arguments):
     num_tokens, num_long = (1024, 2048) if arguments.small else (8192, 262144)
     name = REAL_MODELS[0]
     directory = pack.path("models", name)
-    ids = make_prompts(pack, num_tokens - 1, 1, num_tokens)[0][1]
+    ids = make_prompts(pack, num_tokens - 1, 1)[0][1]
     noise = bfloat16_noise(pack, directory, ids)
     for attention in ("dense", SPARSE):
         check_meshes(pack, checks, directory, ids, attention, noise, [(2, "sequence=2"), (2, "head=2")])

@@ -72,7 +72,7 @@ def check_reader(pack, checks, service, num_tokens, tier):
     """A reader that waits for every layer gets it while later ones compute, from every rank; its pages."""
     import longfill  # from the pack
 
-    ids = make_prompts(pack, num_tokens, 1, num_tokens)[0][1]
+    ids = make_prompts(pack, num_tokens - 1, 1)[0][1]
     with longfill.Client(service.target) as client:
         result = client.prefill(ids, attention="vertical-slash:1000,6096", kv_dtype="bfloat16")
     manifest, figures, transfer = result.manifest, result.figures, result.transfer

@@ -65,7 +65,7 @@ std::vector<double> Rotary(const RotaryInput& in) {
       double* y = out.data() + (head * num_rows + row) * in.head_dim;
       for (int64_t i = 0; i < in.head_dim; ++i) y[i] = x[i];
       for (int64_t pair = 0; pair < half; ++pair) {
-        const double angle = static_cast<double>(in.position[row]) * in.inv_freq[pair];
+        const double angle = static_cast<float>(static_cast<double>(in.position[row]) * in.inv_freq[pair]);
         const double c = std::cos(angle) * in.attention_scale;
         const double s = std::sin(angle) * in.attention_scale;
         const bool split = in.pairs == RotaryPairs::kHalfSplit;

@@ -162,7 +162,8 @@ struct RotaryInput {
   int64_t num_heads = 0;
   int64_t head_dim = 0;
 };
-// out [num_heads, num_rows, head_dim]; dims from rotary_dim on are copied.
+// out [num_heads, num_rows, head_dim]; dims from rotary_dim on are copied. Angles are rounded to fp32, as the
+// models that one takes as given were trained and are decoded.
 std::vector<double> Rotary(const RotaryInput& input);
 
 // ---- Dual chunk attention (dual_chunk.cc): arXiv 2402.17463, capped as served checkpoints are

@@ -11,6 +11,7 @@
 #include "kernels/cuda/attention/attention_tables.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/hopper/launch_attention.h"
+#include "kernels/cuda/hopper/order_heads.h"
 #include "kernels/cuda/hopper/tensor_map.h"
 #include "kernels/cuda/upload.h"
 
@@ -26,6 +27,9 @@ constexpr int64_t kTileRows = 128;
 constexpr int64_t kSlotKeys = 64;
 constexpr int64_t kComputeCapability = 90;
 constexpr int64_t kAlignment = 64;  // of tensor maps
+// A call of fewer tiles for each SM begins with the heads that take longest. In longer ones the end matters
+// little, and neighbouring heads of one KV head find its keys in L2.
+constexpr int64_t kFewTiles = 16;
 
 // The tables of a call as they lie in the workspace, behind an address aligned to kAlignment.
 struct TableLayout {
@@ -178,6 +182,10 @@ absl::Status HopperAttention(const AttentionParams& params, std::span<const int3
   args.heads = reinterpret_cast<const HeadEntry*>(base + layout.heads);
   args.indices = reinterpret_cast<const IndexView*>(base + layout.indices);
   args.num_items = static_cast<int32_t>(sequences.num_items);
+  if (sequences.num_items < kFewTiles * limits.num_sms) {
+    LF_RETURN_IF_ERROR(OrderHeads(args, reinterpret_cast<HeadEntry*>(base + layout.heads),
+                                  static_cast<int>(heads.size()), stream));
+  }
   return launch(args, params.cta_limit, limits, stream);
 }
 

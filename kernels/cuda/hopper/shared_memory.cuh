@@ -39,6 +39,14 @@ inline constexpr int kNumGatherWarps = 2;
 inline constexpr int kLoaderThreads = 1 + 32 * kNumGatherWarps;
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerWarps = 8;
+// A consumer's warp gives back what it has read by one arrival, after a warp barrier. racecheck does not
+// follow that: in a build for it each lane arrives.
+#ifdef LONGFILL_HOPPER_EACH_LANE_ARRIVES
+inline constexpr bool kEachLaneArrives = true;
+#else
+inline constexpr bool kEachLaneArrives = false;
+#endif
+inline constexpr int kConsumerArrivals = kConsumerWarps * (kEachLaneArrives ? 32 : 1);
 inline constexpr int kThreads = 3 * kWarpgroupThreads;
 // The launch gives 168 to each of the 3 * 128 threads; these are dealt anew.
 inline constexpr int kConsumerRegisters = 224;
@@ -88,8 +96,8 @@ __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
   for (int i = 0; i < ShapeOf::kStages; ++i) {
     InitBarrier(&shared->k_full[i], kLoaderThreads);
     InitBarrier(&shared->v_full[i], kLoaderThreads);
-    InitBarrier(&shared->k_empty[i], kConsumerWarps);
-    InitBarrier(&shared->v_empty[i], kConsumerWarps);
+    InitBarrier(&shared->k_empty[i], kConsumerArrivals);
+    InitBarrier(&shared->v_empty[i], kConsumerArrivals);
   }
   for (int i = 0; i < kBatches; ++i) {
     InitBarrier(&shared->batch_full[i], 32);
@@ -99,7 +107,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
     InitBarrier(&shared->task_full[i], 32);
     InitBarrier(&shared->task_empty[i], kConsumerWarps * 32);
   }
-  for (int i = 0; i < kGatherChunks; ++i) InitBarrier(&shared->gather_empty[i], kConsumerWarps);
+  for (int i = 0; i < kGatherChunks; ++i) InitBarrier(&shared->gather_empty[i], kConsumerArrivals);
   InitBarrier(&shared->turn_given, 1);
   shared->turns_taken = 0;
   PublishBarriers();

@@ -94,14 +94,14 @@ class SlotReader {
     if (((pair.first.bits | pair.second.bits) & SlotRef::kGathered) != 0) FenceSharedForAsync();
   }
   __device__ __forceinline__ void ReleaseKeys(const SlotPair& pair) {
-    if (attention::Lane() != 0) return;
+    if (!Arrives()) return;
     Arrive(&shared_.k_empty[pair.first.place()]);
     if (pair.has_two()) Arrive(&shared_.k_empty[pair.second.place()]);
   }
   // And with them all that is known of the slots.
   __device__ __forceinline__ void ReleaseValues(const SlotPair& pair) {
     __syncwarp();
-    if (attention::Lane() != 0) return;
+    if (!Arrives()) return;
     if (((pair.first.bits | pair.second.bits) & SlotRef::kGathered) != 0) {
       if (pair.first.gathered()) ReleaseChunk(pair.first);
       if (pair.has_two() && pair.second.gathered()) ReleaseChunk(pair.second);
@@ -111,6 +111,8 @@ class SlotReader {
   }
 
  private:
+  // Whether this lane gives back what its warp has read.
+  __device__ __forceinline__ bool Arrives() const { return kEachLaneArrives || attention::Lane() == 0; }
   // How many slots, from the next one on, lie within kReach of `held`.
   __device__ __forceinline__ int32_t Left(SlotRef held) const {
     const uint32_t ahead = (number_ - held.number()) << SlotRef::kNumberShift >> SlotRef::kNumberShift;
@@ -143,7 +145,7 @@ class SlotReader {
       Wait(&shared_.v_full[stage_.place], stage_.parity);
       ended_ = Slot::KindOf(facts) == SlotKind::kEnd;
       __syncwarp();
-      if (attention::Lane() == 0) {
+      if (Arrives()) {
         if (gathered) ReleaseChunk(slot);
         Arrive(&shared_.k_empty[stage_.place]);
         Arrive(&shared_.v_empty[stage_.place]);

@@ -82,7 +82,7 @@ TEST(PatternSearch, StaysWithinTheTimeAndIsTheSameTwice) {
     for (int64_t head = 0; head < 4; ++head) sum += first.patterns.score(layer, head).value();
   }
   EXPECT_NEAR(sum / 12, first.totals.recall, 1e-6);
-  EXPECT_NEAR(first.chosen.mean_value, first.totals.recall, 1e-9);
+  EXPECT_NEAR(first.chosen.mean_value, (first.totals.recall + first.totals.last_recall) / 2, 1e-9);
   LF_ASSERT_OK_AND_ASSIGN(const SearchResult second, Search(Options()));
   EXPECT_EQ(first.patterns, second.patterns);
 }
@@ -103,6 +103,7 @@ TEST(PatternSearch, RecallIsThatOfTheEvaluation) {
 
 TEST(PatternSearch, ReachesARecallAndLeavesNoHeadBelowTheLeast) {
   SearchOptions options = Options();
+  options.value = SearchValue::kRecall;
   options.time_share.reset();
   options.mean_value = 0.9;
   LF_ASSERT_OK_AND_ASSIGN(const SearchResult mean, Search(options));
@@ -122,13 +123,20 @@ TEST(PatternSearch, ReachesARecallAndLeavesNoHeadBelowTheLeast) {
   }
 }
 
-TEST(PatternSearch, ErrorIsAValueToo) {
+TEST(PatternSearch, EachValueIsServedBestByItself) {
   SearchOptions options = Options();
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_end, Search(options));
   options.value = SearchValue::kError;
   LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_error, Search(options));
-  LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_recall, Search(Options()));
+  options.value = SearchValue::kRecall;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_recall, Search(options));
   EXPECT_LE(by_error.totals.error, by_recall.totals.error + 1e-9);
   EXPECT_GE(by_recall.totals.recall, by_error.totals.recall - 1e-9);
+  EXPECT_GE(by_recall.totals.recall, by_end.totals.recall - 1e-9);
+  const auto end_value = [](const SearchResult& result) {
+    return result.totals.recall + result.totals.last_recall;
+  };
+  EXPECT_GE(end_value(by_end), end_value(by_recall) - 1e-9);
 }
 
 TEST(PatternSearch, TheLengthThatCountsIsOneOfTheSamples) {
