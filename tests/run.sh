@@ -6,7 +6,8 @@
 #   tests/run.sh --quick    the preset cpu alone
 #   tests/run.sh --long     also the tests with the label long, which take an hour
 # Environment: LONGFILL_SHARED_DIR, the folder with needle-20m and recorded data (default: `shared` beside the checkout);
-# LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 90).
+# LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 90);
+# LONGFILL_SECONDS, how long all of it may take (default 4500): the sanitizers stop there and say what they have left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,6 +28,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 configure_options=()
 [[ -n ${LONGFILL_SHARED_DIR:-} ]] && configure_options+=("-DLONGFILL_SHARED_DIR=$LONGFILL_SHARED_DIR")
 
+build_limit=  # seconds, where there is one: 124 once they have passed
 build() {  # PRESET [TARGET...]
   local preset=$1
   shift
@@ -34,7 +36,7 @@ build() {  # PRESET [TARGET...]
   local log=build/configure-$preset.log
   mkdir -p build
   cmake --preset "$preset" "${configure_options[@]}" >"$log" 2>&1 || { cat "$log"; return 1; }
-  cmake --build --preset "$preset" ${*:+--target "$@"} -- --quiet
+  ${build_limit:+timeout "$build_limit"} cmake --build --preset "$preset" ${*:+--target "$@"} -- --quiet
 }
 
 step "setup"
@@ -70,17 +72,43 @@ else
   step "skipped: build and tests of the preset cuda, since there is no nvcc on PATH or in /usr/local/cuda/bin"
 fi
 
+# The sanitizers take what is left of the time; what they do not reach is named. Tests are dealt to slices, so that those that
+# run are of all kinds.
+seconds_left() { echo $((${LONGFILL_SECONDS:-4500} - SECONDS)); }
+slices=8
 gpu_tests='^Backends/.*/(cuda_|nccl)'
-build asan longfill_tests_unit longfill_tests_multirank
-step "unit and multi-rank tests under ASan and UBSan"
-# Open MPI and its libraries leak at exit; nothing of ours is suppressed. Ranks of mpirun run the tests that
-# ranks as threads do.
-LSAN_OPTIONS=suppressions=$PWD/tests/testing/lsan_suppressions.txt:print_suppressions=0 \
-  ctest --preset asan -L 'unit|multirank' -E "$gpu_tests|^Mpi[.][24]Ranks\$|^bench_kernels_smoke\$"
 
-build tsan longfill_tests_unit longfill_tests_contract longfill_tests_multirank
-step "all tests without gRPC and MPI under TSan"
-# The TSan of GCC 12 cannot start where the kernel spreads mappings over more than 28 random bits.
-without_aslr=()
-setarch "$(uname -m)" -R true 2>/dev/null && without_aslr=(setarch "$(uname -m)" -R)
-"${without_aslr[@]}" ctest --preset tsan -L 'unit|contract|multirank' -E "$gpu_tests|^bench_kernels_smoke\$"
+sanitizer_build() {  # PRESET TARGET...
+  (($(seconds_left) > 60)) || { step "left out: tests of the preset $1, no time is left"; return 1; }
+  local status=0
+  build_limit=$(seconds_left)
+  build "$@" || status=$?
+  ((status != 124)) || { step "left out: tests of the preset $1, its build was not done in time"; return 1; }
+  ((status == 0)) || exit "$status"
+}
+
+sanitizer_tests() {  # PRESET CTEST-ARGUMENT...
+  local preset=$1 slice
+  shift
+  for ((slice = 1; slice <= slices; ++slice)); do
+    (($(seconds_left) > 0)) || { step "left out: $((slices - slice + 1)) of $slices slices of the tests of the preset $preset"; return 0; }
+    "${runner[@]}" ctest --preset "$preset" "$@" -I "$slice,,$slices"
+  done
+}
+
+runner=()
+if sanitizer_build asan longfill_tests_unit longfill_tests_multirank; then
+  step "unit and multi-rank tests under ASan and UBSan"
+  # Open MPI and its libraries leak at exit; nothing of ours is suppressed. Ranks of mpirun run the tests that
+  # ranks as threads do.
+  export LSAN_OPTIONS=suppressions=$PWD/tests/testing/lsan_suppressions.txt:print_suppressions=0
+  sanitizer_tests asan -L 'unit|multirank' -E "$gpu_tests|^Mpi[.][24]Ranks\$|^bench_kernels_smoke\$"
+  unset LSAN_OPTIONS
+fi
+
+if sanitizer_build tsan longfill_tests_unit longfill_tests_contract longfill_tests_multirank; then
+  step "all tests without gRPC and MPI under TSan"
+  # The TSan of GCC 12 cannot start where the kernel spreads mappings over more than 28 random bits.
+  setarch "$(uname -m)" -R true 2>/dev/null && runner=(setarch "$(uname -m)" -R)
+  sanitizer_tests tsan -L 'unit|contract|multirank' -E "$gpu_tests|^bench_kernels_smoke\$"
+fi

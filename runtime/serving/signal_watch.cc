@@ -31,10 +31,13 @@ struct SignalWatch::Impl {
   int read_fd = -1;
   int write_fd = -1;
   std::vector<std::pair<int, struct sigaction>> before;
+  sigset_t watched{};
+  sigset_t mask_before{};
   std::function<void(int)> on_signal;
   std::thread thread;
 
   void Loop() {
+    pthread_sigmask(SIG_UNBLOCK, &watched, nullptr);
     unsigned char number = 0;
     while (true) {
       const ssize_t got = read(read_fd, &number, 1);
@@ -62,6 +65,9 @@ absl::StatusOr<std::unique_ptr<SignalWatch>> SignalWatch::Start(const std::vecto
   impl->read_fd = fds[0];
   impl->write_fd = fds[1];
   impl->on_signal = std::move(on_signal);
+  sigemptyset(&impl->watched);
+  for (const int signal : signals) sigaddset(&impl->watched, signal);
+  pthread_sigmask(SIG_BLOCK, &impl->watched, &impl->mask_before);
   impl->thread = std::thread([raw = impl.get()] { raw->Loop(); });
   struct sigaction action {};
   action.sa_handler = LongfillOnSignal;
@@ -80,6 +86,7 @@ SignalWatch::~SignalWatch() {
   while (write(impl_->write_fd, &end, 1) < 0 && (errno == EINTR || errno == EAGAIN)) {
   }
   impl_->thread.join();
+  pthread_sigmask(SIG_SETMASK, &impl_->mask_before, nullptr);
   close(impl_->read_fd);
   close(impl_->write_fd);
 }

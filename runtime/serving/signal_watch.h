@@ -11,7 +11,11 @@
 namespace longfill {
 
 // Signals as calls on an ordinary thread, where locks may be taken. At most one in a process at a time. The
-// handlers before it come back when it goes.
+// handlers and the mask before it come back when it goes, on the thread that started it.
+//
+// No handler runs on the thread that calls Start, nor on those that it starts later: the signals are blocked
+// there. oneDNN's matrix products (2.7, with AVX-512) keep data where the kernel puts the frame of a handler,
+// so that one in the middle of a product would break the heap. A program that is executed inherits the mask.
 class SignalWatch {
  public:
   // FailedPrecondition if there is one already.
