@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,6 +15,8 @@
 
 namespace longfill {
 namespace {
+
+constexpr std::chrono::seconds kConnectTime{2};
 
 // The place of the next page of one rank: pages must come exactly there.
 class PageCursor {
@@ -98,6 +101,7 @@ class PageCursor {
 struct KvFetch::Peer {
   const KvShard* shard = nullptr;
   std::string endpoint;
+  std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<v1::KvService::Stub> stub;
   grpc::ClientContext context;  // of ReadPages
   std::thread thread;
@@ -115,7 +119,8 @@ absl::StatusOr<std::unique_ptr<KvFetch>> KvFetch::Start(const KvManifest& manife
     auto peer = std::make_unique<Peer>();
     peer->shard = &shard;
     LF_ASSIGN_OR_RETURN(peer->endpoint, ResolveEndpoint(shard.endpoint, target));
-    peer->stub = v1::KvService::NewStub(MakeChannel(peer->endpoint));
+    peer->channel = MakeChannel(peer->endpoint);
+    peer->stub = v1::KvService::NewStub(peer->channel);
     peer->context.set_deadline(options.deadline);
     fetch->peers_.push_back(std::move(peer));
   }
@@ -170,6 +175,9 @@ void KvFetch::ReadPeer(Peer& peer) {
 absl::Status KvFetch::ReadAll(Peer& peer, bool* remote) {
   PageCursor cursor(manifest_, *peer.shard);
   if (cursor.Done()) return absl::OkStatus();
+  // A call fails with the first attempt to connect; on a busy host that is now and then one too few.
+  peer.channel->WaitForConnected(
+      std::min(options_.deadline, std::chrono::system_clock::now() + kConnectTime));
   v1::ReadPagesRequest request;
   request.set_transfer_id(manifest_.transfer_id);
   request.set_layout(v1::KV_LAYOUT_HND);
