@@ -1,5 +1,6 @@
 #include "runtime/engine/device_communicator.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -57,6 +58,10 @@ absl::StatusOr<CommunicatorChoice> ChooseCommunicator(const DeviceCommunicatorOp
   const std::string shared = obstacle.empty() ? ObstacleToNccl({}, ranks) : obstacle;
   if (!shared.empty()) return CommunicatorChoice{CommunicatorKind::kStaged, shared};
   return CommunicatorChoice{CommunicatorKind::kNccl, "every rank has a GPU of its own"};
+}
+
+int CtasBesideNccl(const Backend& backend, const NcclOptions& nccl) {
+  return std::max(1, backend.facts().num_multiprocessors - nccl.max_ctas);
 }
 
 absl::StatusOr<std::unique_ptr<Communicator>> CreateDeviceCommunicator(const CommunicatorChoice& choice,

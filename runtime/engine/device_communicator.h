@@ -43,6 +43,10 @@ struct CommunicatorChoice {
 absl::StatusOr<CommunicatorChoice> ChooseCommunicator(const DeviceCommunicatorOptions& options,
                                                       std::span<const RankDevice> ranks);
 
+// ParallelAttentionOptions::ctas_beside_exchange on `backend`'s GPU where NCCL exchanges: what its kernels
+// leave.
+int CtasBesideNccl(const Backend& backend, const NcclOptions& nccl);
+
 // Collective over `world`: a communicator for memory of `backend`'s device. An error of NCCL aborts `world`.
 absl::StatusOr<std::unique_ptr<Communicator>> CreateDeviceCommunicator(const CommunicatorChoice& choice,
                                                                        const NcclOptions& nccl,

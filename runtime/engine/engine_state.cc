@@ -112,7 +112,7 @@ absl::Status EngineState::Connect() {
 // Attention leaves NCCL's kernels their multiprocessors; what the host exchanges needs none.
 int EngineState::CtasBesideExchange() const {
   if (communicator.kind != CommunicatorKind::kNccl) return 0;
-  return std::max(1, backend->facts().num_multiprocessors - options.communicator.nccl.max_ctas);
+  return CtasBesideNccl(*backend, options.communicator.nccl);
 }
 
 absl::Status EngineState::MeasureOutside() {

@@ -5,13 +5,16 @@
 #include <map>
 #include <numeric>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 
 namespace longfill {
 namespace {
 
 constexpr double kGiga = 1e9;
 constexpr double kMicro = 1e-6;
+constexpr int kAllInOneNode = 1 << 20;  // ranks
 
 // Members of a group in each node that has some.
 std::map<int, int> MembersByNode(std::span<const int> members, const LinkRates& links) {
@@ -84,6 +87,31 @@ absl::Status Validate(const LinkRates& links) {
     return bad("network_latency_us", links.network_latency_us, "0 or more");
   if (links.ranks_per_node < 1) return bad("ranks_per_node", links.ranks_per_node, "1 or more");
   return absl::OkStatus();
+}
+
+absl::StatusOr<LinkRates> ParseLinks(std::string_view text) {
+  LinkRates links;
+  if (text == "400g") return links;
+  if (text == "nvlink") {
+    links.ranks_per_node = kAllInOneNode;
+    return links;
+  }
+  const std::vector<std::string> fields = absl::StrSplit(absl::string_view(text.data(), text.size()), ',');
+  const bool numbers = fields.size() == 3 && absl::SimpleAtod(fields[0], &links.node_gbs) &&
+                       absl::SimpleAtod(fields[1], &links.network_gbs) &&
+                       absl::SimpleAtoi(fields[2], &links.ranks_per_node);
+  if (!numbers) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "links \"", std::string(text), "\" are not nvlink, 400g or NODE_GBS,NETWORK_GBS,RANKS_PER_NODE"));
+  }
+  LF_RETURN_IF_ERROR(Validate(links));
+  return links;
+}
+
+std::string ToString(const LinkRates& links) {
+  if (links.ranks_per_node == kAllInOneNode) return absl::StrCat(links.node_gbs, " GB/s between all ranks");
+  return absl::StrCat(links.node_gbs, " GB/s in nodes of ", links.ranks_per_node, ", ", links.network_gbs,
+                      " GB/s between them");
 }
 
 const char* ToString(ExchangeKind kind) {

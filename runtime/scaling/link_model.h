@@ -5,6 +5,8 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/base/status.h"
@@ -26,6 +28,12 @@ struct LinkRates {
 
 // InvalidArgument naming the field: rates not above 0, latencies below 0, ranks_per_node below 1.
 absl::Status Validate(const LinkRates& links);
+
+// "nvlink": the default rates in one node of all ranks. "400g": nodes of 8 with 400 Gb/s a rank between them,
+// the default. Or NODE_GBS,NETWORK_GBS,RANKS_PER_NODE with the default latencies. InvalidArgument naming the
+// text.
+absl::StatusOr<LinkRates> ParseLinks(std::string_view text);
+std::string ToString(const LinkRates& links);  // in words, for reports
 
 enum class ExchangeKind : uint8_t { kAllGather, kAllReduce, kBroadcast, kAllToAll, kBarrier };
 const char* ToString(ExchangeKind kind);

@@ -278,5 +278,24 @@ TEST_F(Links, ACallTakesItsLatencyAndTheSlowestTransfer) {
   EXPECT_EQ(ExchangeSeconds(std::span(bytes).first(1), alone, links), 0);
 }
 
+TEST_F(Links, AreReadFromNamesAndNumbers) {
+  LF_ASSERT_OK_AND_ASSIGN(LinkRates links, ParseLinks("400g"));
+  EXPECT_EQ(links.NodeOf(7), links.NodeOf(0));
+  EXPECT_NE(links.NodeOf(8), links.NodeOf(0));
+  LF_ASSERT_OK_AND_ASSIGN(links, ParseLinks("nvlink"));
+  EXPECT_EQ(links.NodeOf(1023), links.NodeOf(0));
+  LF_ASSERT_OK_AND_ASSIGN(links, ParseLinks("300,12.5,4"));
+  EXPECT_EQ(links.node_gbs, 300);
+  EXPECT_EQ(links.network_gbs, 12.5);
+  EXPECT_EQ(links.ranks_per_node, 4);
+  for (const char* text : {"", "ethernet", "300", "300,12,4,1", "300,x,4", "300,12,4.5"}) {
+    EXPECT_THAT(ParseLinks(text), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(text))) << text;
+  }
+  EXPECT_THAT(ParseLinks("300,0,4"),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("network_gbs is 0")));
+  EXPECT_THAT(ParseLinks("300,12,0"),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("ranks_per_node is 0")));
+}
+
 }  // namespace
 }  // namespace longfill
