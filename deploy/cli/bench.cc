@@ -25,8 +25,8 @@ absl::Status CheckKernels(const std::string& kernels, const ModelOptions& option
 Command AddBenchCommand(CLI::App& program) {
   CLI::App* bench = program.add_subcommand("bench", "Measure without a checkpoint");
   bench->require_subcommand(1);
-  std::vector<Command> commands = {AddBenchPrefill(*bench), AddBenchAttention(*bench), AddBenchIndex(*bench),
-                                   AddBenchShares(*bench)};
+  std::vector<Command> commands = {AddBenchPrefill(*bench), AddBenchScaling(*bench),
+                                   AddBenchAttention(*bench), AddBenchIndex(*bench), AddBenchShares(*bench)};
   return {bench, [commands = std::move(commands)](CommandContext& context) {
             const auto parsed = std::find_if(commands.begin(), commands.end(),
                                              [](const Command& command) { return command.app->parsed(); });

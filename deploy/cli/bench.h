@@ -10,6 +10,7 @@ namespace longfill {
 
 // The subcommands of `longfill bench`.
 Command AddBenchPrefill(CLI::App& bench);
+Command AddBenchScaling(CLI::App& bench);
 Command AddBenchAttention(CLI::App& bench);
 Command AddBenchIndex(CLI::App& bench);
 Command AddBenchShares(CLI::App& bench);

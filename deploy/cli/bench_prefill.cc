@@ -4,14 +4,13 @@
 #include <chrono>
 #include <cstdio>
 #include <memory>
-#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "deploy/cli/bench.h"
 #include "deploy/cli/bench_report.h"
+#include "deploy/cli/bench_work.h"
 #include "deploy/cli/command.h"
-#include "models/geometry.h"
 #include "runtime/engine/replayed_indices.h"
 #include "runtime/kv/kv_discard_sink.h"
 
@@ -24,15 +23,10 @@ constexpr std::string_view kNoCopy = "none";  // request id of prompts whose K a
 
 struct BenchOptions {
   ModelOptions model;  // model_dir is not used
-  std::string geometry;
-  int64_t num_tokens = 0;
-  std::string attention = "dense";
-  std::string coverage = "tiles";
-  std::string indices;
+  BenchWorkOptions work;
   std::string kv = "discard";
   bool compare_kv_copy = false;
   int repeat = 1;
-  uint64_t seed = 1;
   CardRates rates;
   bool json = false;
 };
@@ -47,34 +41,15 @@ struct BenchJob {
 
 absl::StatusOr<BenchJob> MakeJob(const BenchOptions& options, const World& world) {
   BenchJob job;
-  LF_ASSIGN_OR_RETURN(ModelConfig config, GeometryConfig(options.geometry));
-  if (options.num_tokens > config.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrCat("--tokens ", options.num_tokens, " is beyond the ",
-                                                   config.max_position_embeddings, " positions of ",
-                                                   options.geometry));
-  }
   LF_ASSIGN_OR_RETURN(job.engine, MakeEngineOptions(options.model, world));
-  LF_ASSIGN_OR_RETURN(job.request.attention, options.model.patterns_path.empty()
-                                                 ? ReadAttentionSpec(options.attention)
-                                                 : ReadPatterns(options.model));
-  LF_ASSIGN_OR_RETURN(job.request.coverage, ParseCoverage(options.coverage));
-  LF_ASSIGN_OR_RETURN(
-      ResolvedAttention attention,
-      ResolveAttention(job.request.attention, job.engine.attention, options.num_tokens, config));
-  job.patterns = std::move(attention.patterns);
-  if (!options.indices.empty()) {
-    absl::StatusOr<RecordedIndices> recorded = RecordedIndices::Load(options.indices);
-    absl::Status status = recorded.status();
-    if (status.ok()) status = recorded->CheckReplays(job.patterns, options.num_tokens);
-    if (!status.ok()) return Annotate(status, "--indices");
-    LF_ASSIGN_OR_RETURN(job.replayed, ReplayedIndices::Create(*recorded, job.patterns, job.request.coverage));
-    job.engine.index_replacement = job.replayed;
-  }
-  std::mt19937_64 random(options.seed);
-  std::uniform_int_distribution<int32_t> draw(0, static_cast<int32_t>(config.vocab_size) - 1);
-  job.request.token_ids.resize(static_cast<size_t>(options.num_tokens));
-  for (int32_t& id : job.request.token_ids) id = draw(random);
-  job.engine.bench_model = BenchModel{std::move(config), options.seed};
+  LF_ASSIGN_OR_RETURN(BenchWork work, ReadBenchWork(options.work, options.model, job.engine.attention));
+  job.request.attention = std::move(work.attention);
+  job.request.coverage = work.coverage;
+  job.request.token_ids = std::move(work.token_ids);
+  job.patterns = std::move(work.patterns);
+  job.replayed = std::move(work.replayed);
+  job.engine.index_replacement = job.replayed;
+  job.engine.bench_model = BenchModel{std::move(work.config), options.work.seed};
   return job;
 }
 
@@ -104,7 +79,7 @@ absl::Status Measure(PrefillEngine& engine, const BenchOptions& options, Prefill
   const PrefillCallbacks callbacks = {.should_stop = [&signals] { return signals.ShouldStop(); }};
   request.kv_dtype = engine.compute_dtype();
   PrefillRequest warm_up = request;
-  warm_up.token_ids.resize(static_cast<size_t>(std::min(options.num_tokens, kWarmUpTokens)));
+  warm_up.token_ids.resize(static_cast<size_t>(std::min(options.work.num_tokens, kWarmUpTokens)));
   warm_up.transfer_id = RandomId();
   LF_RETURN_IF_ERROR(engine.Prefill(warm_up, MakeSink, callbacks).status());
   for (const bool copied : PlanRuns(options)) {
@@ -161,11 +136,11 @@ int BenchPrefill(const BenchOptions& options, CommandContext& context) {
   if (!speaks) return ServeRuns(**engine, *context.signals);
 
   BenchReport report;
-  report.geometry = options.geometry;
+  report.geometry = options.work.geometry;
   report.config = (*engine)->config();
-  report.num_tokens = options.num_tokens;
-  report.seed = options.seed;
-  report.indices = options.indices;
+  report.num_tokens = options.work.num_tokens;
+  report.seed = options.work.seed;
+  report.indices = options.work.indices;
   report.selecting_heads = SelectingHeads(job->patterns);
   report.rates = options.rates;
   report.setup_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -175,30 +150,7 @@ int BenchPrefill(const BenchOptions& options, CommandContext& context) {
   return status.ok() ? Print(report, options.json) : Report(status);
 }
 
-void AddWorkOptions(CLI::App& app, BenchOptions& options) {
-  app.add_option("--geometry", options.geometry, absl::StrCat(GeometryNames(), ", or a config.json"))
-      ->type_name("NAME|FILE")
-      ->required();
-  app.add_option("--tokens", options.num_tokens, "length of the prompt, whose ids are random")
-      ->type_name("N")
-      ->required()
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 31));
-  CLI::Option* patterns =
-      app.add_option("--patterns", options.model.patterns_path, "a pattern file in the published JSON form")
-          ->type_name("FILE|DIR");
-  app.add_option("--attention", options.attention,
-                 "dense (default), a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or "
-                 "block-share:R,TAU for all heads")
-      ->type_name("SPEC")
-      ->excludes(patterns);
-  app.add_option("--coverage", options.coverage, "tiles (default) or parity")
-      ->type_name("COVERAGE")
-      ->check(CLI::IsMember({"parity", "tiles"}));
-  app.add_option(
-         "--indices", options.indices,
-         "recorded selections that attention uses in place of those that are built: each vertical-slash\n"
-         "head takes its own budget, layers and heads in turn; of a prompt of N tokens")
-      ->type_name("FILE");
+void AddKvOptions(CLI::App& app, BenchOptions& options) {
   CLI::Option* kv =
       app.add_option("--kv", options.kv,
                      "discard (default): K and V leave the device, are checksummed and dropped;\n"
@@ -211,7 +163,6 @@ void AddWorkOptions(CLI::App& app, BenchOptions& options) {
 
 void AddMeasurementOptions(CLI::App& app, BenchOptions& options) {
   app.add_option("--repeat", options.repeat, "runs (default: 1)")->type_name("R")->check(CLI::Range(1, 1000));
-  app.add_option("--seed", options.seed, "of weights and token ids (default: 1)")->type_name("S");
   const auto rate = [&app](const char* name, double* value, const char* what) {
     app.add_option(name, *value, absl::StrCat("floor times: ", what, " (default: ", *value, ")"))
         ->type_name("X")
@@ -230,7 +181,8 @@ Command AddBenchPrefill(CLI::App& bench) {
   CLI::App* app = bench.add_subcommand(
       "prefill", "Measure a whole prefill, part by part: random weights and prompt, recorded selections");
   auto options = std::make_shared<BenchOptions>();
-  AddWorkOptions(*app, *options);
+  AddBenchWorkOptions(*app, options->work, options->model);
+  AddKvOptions(*app, *options);
   AddMeasurementOptions(*app, *options);
   AddMeshOption(*app, options->model);
   AddDeviceOption(*app, options->model);
