@@ -120,14 +120,14 @@ absl::Status MeasureAll(const ScalingOptions& options, const ScalingWork& read, 
       LF_RETURN_IF_ERROR(job.replacement->Begin(*device, options.work.num_tokens));
     }
     for (const Mesh& mesh : read.meshes) {
-      LF_ASSIGN_OR_RETURN(ScalingRun run, Measure(job, read, mesh, *device, *traffic));
-      report->runs.push_back(std::move(run));
+      LF_ASSIGN_OR_RETURN(const ScalingRun run, Measure(job, read, mesh, *device, *traffic));
+      report->runs.push_back(run);
       if (!options.json) std::printf("%s", report->RunText(report->runs.back()).c_str());
       std::fflush(stdout);
     }
     return absl::OkStatus();
   };
-  const absl::Status status = measure_meshes();
+  absl::Status status = measure_meshes();
   if (job.replacement != nullptr) job.replacement->End();
   return status;
 }

@@ -11,6 +11,7 @@
 #include "models/transformer.h"
 #include "parallel/index_storage.h"
 #include "runtime/scaling/scaling_figures.h"
+#include "tests/testing/guarded_backend.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -227,6 +228,28 @@ TEST_F(RankRecordings, SelectAsRanksOfARealGroupDo) {
   patterns_ = PatternSet::Uniform(VerticalSlash{.vertical = 40, .slash = 60}, config_.num_layers,
                                   config_.num_q_heads);
   for (const Mesh& mesh : {Mesh{2, 1}, Mesh{1, 2}, Mesh{2, 2}}) ExpectSameCalls(mesh);
+}
+
+// As on a GPU: nothing touches its memory but its kernels, and what is copied out comes late.
+TEST_F(RankRecordings, RunOnADeviceBesideCopies) {
+  patterns_ = PatternSet::Uniform(VerticalSlash{.vertical = 40, .slash = 60}, config_.num_layers,
+                                  config_.num_q_heads);
+  weights_.reset();
+  device_ = CreateGuardedBackend();
+  LF_ASSERT_OK_AND_ASSIGN(weights_, RandomWeights(config_, *device_, 7));
+  const LinkRates links;
+  LF_ASSERT_OK_AND_ASSIGN(const auto traffic, LinkTraffic::Create(CreateGuardedBackend(), links));
+  for (const Mesh& mesh : {Mesh{2, 1}, Mesh{1, 4}, Mesh{2, 2}}) {
+    MeshGroups groups(mesh);
+    LF_ASSERT_OK_AND_ASSIGN(const std::vector<RankRecording> recordings,
+                            RecordRanks(Job(), mesh, groups, *device_, traffic.get()));
+    LF_ASSERT_OK_AND_ASSIGN(
+        const ScalingFigures figures,
+        ComputeScalingFigures(recordings, ChooseLayers(patterns_, 1, 0), groups.members(), links));
+    EXPECT_GT(figures.seconds, 0);
+    EXPECT_GE(figures.imbalance, 1);
+  }
+  EXPECT_GT(traffic->figures().bytes, 0);
 }
 
 TEST_F(RankRecordings, MoveTheBytesThatTheMeshSays) {
