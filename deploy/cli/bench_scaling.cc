@@ -53,6 +53,7 @@ absl::StatusOr<std::vector<Mesh>> MakeMeshes(const ScalingOptions& options, cons
 struct ScalingWork {
   BenchWork work;
   DeviceOptions device;
+  NcclOptions nccl;
   LinkRates links;
   std::vector<Mesh> meshes;
   LayerChoice choice;
@@ -73,6 +74,12 @@ absl::StatusOr<ScalingWork> ReadWork(const ScalingOptions& options) {
                                       read.work.replayed != nullptr));
   }
   read.choice = ChooseLayers(read.work.patterns, read.work.num_recorded_layers, options.num_layers);
+  LF_ASSIGN_OR_RETURN(const DeviceCommunicatorOptions communicator, MakeCommunicatorOptions(options.model));
+  if (communicator.kind == CommunicatorKind::kStaged) {
+    return absl::InvalidArgumentError(
+        "--communicator mpi: exchanges through host memory are not simulated, only those between GPUs");
+  }
+  read.nccl = communicator.nccl;
   LF_ASSIGN_OR_RETURN(read.device, MakeDeviceOptions(options.model, 1, 0));
   return read;
 }
@@ -110,7 +117,7 @@ absl::Status MeasureAll(const ScalingOptions& options, const ScalingWork& read, 
                          .token_ids = read.work.token_ids,
                          .replacement = read.work.replayed.get(),
                          .layers = read.choice.executed,
-                         .ctas_beside_exchange = on_gpu ? CtasBesideNccl(*device, {}) : 0,
+                         .ctas_beside_exchange = on_gpu ? CtasBesideNccl(*device, read.nccl) : 0,
                          .should_stop = [&signals] { return signals.ShouldStop(); }};
   report->device = device->facts().name;
   report->compute_dtype = device->kernels().compute_dtype();

@@ -91,6 +91,7 @@ class BenchScaling(support.TemporaryDirectoryTest):
             (("--ranks", "2,x"), ("--ranks",)),
             (("--ranks", "2", "--mesh", "head=2"), ("--mesh",)),
             (("--mesh", "head=none"), ("--mesh", "none")),
+            (("--communicator", "mpi"), ("--communicator mpi",)),
             (("--layers", "0"), ("--layers", "0")),
             (("--attention", "vertical-slash:100,200"), ("recorded indices", "layer 0, head 0")),
             (("--attention", "block-sparse:4"), ("block-sparse", "key blocks")),
