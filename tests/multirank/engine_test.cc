@@ -8,12 +8,14 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/oracle/oracle.h"
 #include "kernels/sparse/coverage.h"
 #include "models/safetensors.h"
 #include "tests/multirank/engine_group.h"
 #include "tests/multirank/ranks.h"
+#include "tests/testing/sanitized.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/models/test_files.h"
 
@@ -88,6 +90,7 @@ std::vector<Prefilled> RunAll(const std::string& model_dir, const Mesh& mesh) {
   const auto served =
       WithEngine({.model_dir = model_dir, .mesh = mesh}, recorder, [&](PrefillEngine& engine) {
         for (const int64_t num_tokens : kLengths) {
+          if (kSanitized && num_tokens != 3 && num_tokens != 389) continue;
           for (const Attention& attention : kAttentions) {
             Prefilled run;
             run.name = absl::StrCat(num_tokens, " tokens, ", attention.spec, ", ",
@@ -137,12 +140,13 @@ class EngineOnMesh : public testing::TestWithParam<Mesh> {};
 TEST_P(EngineOnMesh, EqualsOneRankForEveryPatternAndLength) {
   const Mesh mesh = GetParam();
   for (const char* name : kModels) {
+    if (kSanitized && !absl::StartsWith(name, "llama-gqa4") && !absl::StartsWith(name, "glm")) continue;
     SCOPED_TRACE(name);
     const LongerModel longer(name);
     const std::vector<Prefilled> expected = RunAll(longer.path(), {1, 1});
     const std::vector<Prefilled> got = RunAll(longer.path(), mesh);
     ASSERT_EQ(got.size(), expected.size());
-    ASSERT_EQ(got.size(), std::size(kLengths) * std::size(kAttentions));
+    ASSERT_EQ(got.size(), (kSanitized ? 2 : std::size(kLengths)) * std::size(kAttentions));
     for (size_t i = 0; i < got.size(); ++i) ExpectSame(got[i], expected[i]);
   }
 }
