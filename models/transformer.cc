@@ -127,18 +127,47 @@ absl::Status Transformer::RunLayer(int64_t layer, std::span<const HeadPattern> p
     LF_ASSIGN_OR_RETURN(gathered, parallel.layer_weights->Gather(layer));
   }
   const LayerWeights& weights = gathered != nullptr ? *gathered : weights_.layer(layer);
-  absl::Status mine = callbacks.before_kv_overwrite ? callbacks.before_kv_overwrite() : absl::OkStatus();
-  if (mine.ok()) {
-    mine = ForEachChunk(callbacks.should_stop, [&](int64_t begin, int64_t end) -> absl::Status {
-      LF_RETURN_IF_ERROR(ProjectQkv(weights, begin, end));
-      timer_.Begin(PartTimer::kNoPart);
-      return callbacks.on_kv(begin, end, Heads(k_, begin), Heads(v_, begin));
-    });
-  }
-  LF_RETURN_IF_ERROR(callbacks.agree(mine));
-  LF_RETURN_IF_ERROR(Attend(layer, patterns, parallel, callbacks));
+  LF_RETURN_IF_ERROR(ProjectAndAttend(layer, weights, patterns, parallel, callbacks));
   return callbacks.agree(ForEachChunk(
       callbacks.should_stop, [&](int64_t begin, int64_t end) { return FinishLayer(weights, begin, end); }));
+}
+
+// Keys and values come first, where ranks can exchange them beside the rest.
+absl::Status Transformer::ProjectAndAttend(int64_t layer, const LayerWeights& weights,
+                                           std::span<const HeadPattern> patterns,
+                                           const LayerParallelism& parallel,
+                                           const LayerCallbacks& callbacks) {
+  const bool early = !parallel.attend && ParallelAttention::BeginsEarly(plan_.mesh());
+  absl::Status mine = callbacks.before_kv_overwrite ? callbacks.before_kv_overwrite() : absl::OkStatus();
+  if (mine.ok()) mine = Project(weights, early ? Projected::kKeysAndValues : Projected::kAll, callbacks);
+  LF_RETURN_IF_ERROR(callbacks.agree(mine));
+  if (!early) return Attend(layer, patterns, parallel, callbacks);
+  const auto sampled = IsWatched(layer, patterns, parallel) ? std::span(parallel.recall->positions())
+                                                            : std::span<const int64_t>();
+  LF_RETURN_IF_ERROR(
+      parallel.attention->Begin(plan_, {.k = Heads(k_, 0), .v = Heads(v_, 0), .sampled = sampled}));
+  absl::Status status = callbacks.agree(Project(weights, Projected::kQueries, callbacks));
+  if (status.ok()) status = Attend(layer, patterns, parallel, callbacks);
+  const absl::Status dropped = parallel.attention->Drop();
+  return status.ok() ? dropped : status;
+}
+
+// Chunk by chunk; keys and values are final and handed out with each.
+absl::Status Transformer::Project(const LayerWeights& layer, Projected what,
+                                  const LayerCallbacks& callbacks) {
+  return ForEachChunk(callbacks.should_stop, [&](int64_t begin, int64_t end) -> absl::Status {
+    LF_RETURN_IF_ERROR(ProjectChunk(layer, what, begin, end - begin));
+    timer_.Begin(PartTimer::kNoPart);
+    if (what == Projected::kQueries) return absl::OkStatus();
+    return callbacks.on_kv(begin, end, Heads(k_, begin), Heads(v_, begin));
+  });
+}
+
+bool Transformer::IsWatched(int64_t layer, std::span<const HeadPattern> patterns,
+                            const LayerParallelism& parallel) const {
+  const HeadPattern all_keys = SeesAllPattern(config_.WindowOf(layer), plan_.num_tokens());
+  return parallel.recall != nullptr &&
+         !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) { return pattern == all_keys; });
 }
 
 absl::Status Transformer::Attend(int64_t layer, std::span<const HeadPattern> patterns,
@@ -149,10 +178,7 @@ absl::Status Transformer::Attend(int64_t layer, std::span<const HeadPattern> pat
         parallel.attend(layer, {.q = Heads(q_, 0), .k = Heads(k_, 0), .v = Heads(v_, 0), .out = out}));
   }
   const int64_t window = config_.WindowOf(layer);
-  const bool watched =
-      parallel.recall != nullptr && !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) {
-        return pattern == SeesAllPattern(window, plan_.num_tokens());
-      });
+  const bool watched = IsWatched(layer, patterns, parallel);
   if (watched) LF_RETURN_IF_ERROR(parallel.recall->Measure(Heads(q_, 0), Heads(k_, 0), window));
   LF_ASSIGN_OR_RETURN(LayerIndex index, BuildIndex(patterns, parallel, callbacks));
   if (parallel.replace_index) LF_RETURN_IF_ERROR(callbacks.agree(parallel.replace_index(layer, &index)));
@@ -260,15 +286,19 @@ absl::Status Transformer::GuardRecall(int64_t window, std::span<const HeadPatter
 }
 
 // residual -> norm -> Q, K, V, head-major; rotated, but for queries that each part of the keys sees otherwise
-absl::Status Transformer::ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end) {
-  const int64_t rows = end - begin;
+absl::Status Transformer::ProjectChunk(const LayerWeights& layer, Projected what, int64_t begin,
+                                       int64_t num_rows) {
   const int64_t hidden = config_.hidden_size;
-  LF_RETURN_IF_ERROR(Norm(Rows(residual_, begin, hidden), layer.input_norm, rows, hidden, normed_.data()));
+  LF_RETURN_IF_ERROR(
+      Norm(Rows(residual_, begin, hidden), layer.input_norm, num_rows, hidden, normed_.data()));
   const int64_t rotary_dim = config_.rope.rotary_dim;
-  const bool split = config_.rope.dual_chunk.Splits(plan_.num_tokens());
-  LF_RETURN_IF_ERROR(ProjectHeads(layer.q_proj, layer.q_norm, split ? 0 : rotary_dim, begin, rows, q_));
-  LF_RETURN_IF_ERROR(ProjectHeads(layer.k_proj, layer.k_norm, rotary_dim, begin, rows, k_));
-  return ProjectHeads(layer.v_proj, nullptr, 0, begin, rows, v_);
+  if (what != Projected::kKeysAndValues) {
+    const bool split = config_.rope.dual_chunk.Splits(plan_.num_tokens());
+    LF_RETURN_IF_ERROR(ProjectHeads(layer.q_proj, layer.q_norm, split ? 0 : rotary_dim, begin, num_rows, q_));
+  }
+  if (what == Projected::kQueries) return absl::OkStatus();
+  LF_RETURN_IF_ERROR(ProjectHeads(layer.k_proj, layer.k_norm, rotary_dim, begin, num_rows, k_));
+  return ProjectHeads(layer.v_proj, nullptr, 0, begin, num_rows, v_);
 }
 
 // residual += o_proj(attention); residual += down_proj(activation(gate_proj(norm(residual))) * up_proj(...))

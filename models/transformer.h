@@ -150,7 +150,14 @@ class Transformer {
   absl::Status GuardRecall(int64_t window, std::span<const HeadPattern> patterns,
                            const LayerParallelism& parallel, const LayerCallbacks& callbacks,
                            LayerRecall* recall);
-  absl::Status ProjectQkv(const LayerWeights& layer, int64_t begin, int64_t end);
+  bool IsWatched(int64_t layer, std::span<const HeadPattern> patterns,
+                 const LayerParallelism& parallel) const;
+  absl::Status ProjectAndAttend(int64_t layer, const LayerWeights& weights,
+                                std::span<const HeadPattern> patterns, const LayerParallelism& parallel,
+                                const LayerCallbacks& callbacks);
+  enum class Projected : uint8_t { kAll, kQueries, kKeysAndValues };
+  absl::Status Project(const LayerWeights& layer, Projected what, const LayerCallbacks& callbacks);
+  absl::Status ProjectChunk(const LayerWeights& layer, Projected what, int64_t begin, int64_t num_rows);
   absl::Status FinishLayer(const LayerWeights& layer, int64_t begin, int64_t end);
   absl::Status FinalNorm(std::span<const int64_t> rows);
   absl::Status Norm(const void* x, const float* weight, int64_t num_rows, int64_t width, void* out);

@@ -17,8 +17,6 @@ constexpr int64_t kRounds = 4;
 constexpr int64_t kCpuStagingBytes = int64_t{32} << 20;
 constexpr int64_t kDeviceStagingBytes = int64_t{128} << 20;
 
-int64_t BlocksOf(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
-
 // `all_bytes`: of all KV heads.
 int64_t RoundBytes(DeviceKind device, int64_t all_bytes) {
   if (device == DeviceKind::kCpu) return kCpuRoundBytes;
@@ -32,7 +30,7 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   const Mesh mesh = plan.mesh();
   head_exchange = mesh.head > 1;
   sequence_exchange = mesh.sequence > 1;
-  padded_tokens = BlocksOf(plan.num_tokens()) * kTokenBlock;
+  padded_tokens = TokenBlocksOf(plan.num_tokens()) * kTokenBlock;
   const int64_t group_rows = plan.GroupNumTokens(0);  // the largest
   const int64_t row_bytes = geometry.head_dim * DTypeBytes(kernels.compute_dtype());
   const int64_t rows_per_kv = (head_exchange || sequence_exchange ? 2 * padded_tokens : 0) +
@@ -45,14 +43,16 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   const int64_t q_heads = kv_heads * geometry.q_per_kv();
 
   // Sent, or received, for one block of each member.
-  const int64_t head_bytes = q_heads * mesh.head * kTokenBlock * row_bytes;
-  const int64_t key_bytes = kv_heads * mesh.sequence * kTokenBlock * row_bytes;
-  const int64_t member_blocks = BlocksOf(plan.NumTokens(0));
-  const int64_t group_blocks = BlocksOf(group_rows);
+  const int64_t head_bytes = q_heads * mesh.head * plan.deal_block() * row_bytes;
+  const int64_t key_bytes = kv_heads * mesh.sequence * plan.deal_block() * row_bytes;
+  const int64_t member_blocks = plan.DealtBlocks(plan.NumTokens(0));
+  const int64_t group_blocks = plan.DealtBlocks(group_rows);
   head_slice = std::clamp<int64_t>(slice_bytes / head_bytes, 1, std::max<int64_t>(1, member_blocks));
   key_slice = std::clamp<int64_t>(slice_bytes / key_bytes, 1, std::max<int64_t>(1, group_blocks));
 
   one_place = kv_heads == geometry.num_kv_heads;  // one round on every rank that computes all heads
+  const bool exchanges = head_exchange || sequence_exchange;
+  first_kv_heads = exchanges && !one_place ? (kv_heads + 1) / 2 : kv_heads;
   PieceLayout pieces;
   counts = pieces.Add(2 * static_cast<int64_t>(sizeof(int64_t)));
   for (Received& place : received) {
@@ -80,8 +80,8 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
     recv = pieces.Add(staging_bytes);
   }
   if (geometry.dual_chunk.Splits(plan.num_tokens())) {
-    const int64_t blocks = slice_bytes / (q_heads * kTokenBlock * row_bytes);
-    rotated_rows = std::clamp<int64_t>(blocks, 1, std::max<int64_t>(1, group_blocks)) * kTokenBlock;
+    const int64_t blocks = slice_bytes / (q_heads * plan.deal_block() * row_bytes);
+    rotated_rows = std::clamp<int64_t>(blocks, 1, std::max<int64_t>(1, group_blocks)) * plan.deal_block();
     rotated_q = pieces.Add(q_heads * rotated_rows * row_bytes);
     rotated_lse = pieces.Add(q_heads * rotated_rows * static_cast<int64_t>(sizeof(float)));
   }

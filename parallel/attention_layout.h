@@ -26,10 +26,11 @@ struct AttentionLayout {
 
   bool head_exchange = false;
   bool sequence_exchange = false;
-  bool one_place = false;     // both of `received` are the same memory
-  int64_t padded_tokens = 0;  // of the prompt, whole blocks
-  int64_t kv_heads = 0;       // of one round on one rank, at most
-  int64_t head_slice = 0;     // token blocks of each member in one exchange
+  bool one_place = false;      // both of `received` are the same memory
+  int64_t padded_tokens = 0;   // of the prompt, whole blocks
+  int64_t kv_heads = 0;        // of one round on one rank, at most
+  int64_t first_kv_heads = 0;  // of the first round: fewer, since nothing computes beside its exchange
+  int64_t head_slice = 0;      // dealt blocks of each member in one exchange
   int64_t key_slice = 0;
   int64_t rotated_rows = 0;  // whose queries are rotated at a time, whole blocks; 0: they come rotated
 

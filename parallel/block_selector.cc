@@ -10,9 +10,6 @@ namespace {
 
 constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kId = sizeof(int32_t);
-constexpr int64_t kRowBlocksPerTokenBlock = kTokenBlock / kRowBlock;
-
-int64_t RowBlocksOf(int64_t tokens) { return (tokens + kRowBlock - 1) / kRowBlock; }
 
 }  // namespace
 
@@ -133,7 +130,7 @@ class BlockSelector::Selection {
     LF_RETURN_IF_ERROR(
         world_.AllGather(Piece<void>(at_.own), Piece<void>(at_.gathered), counts_bytes, stream_));
     const char* from = Piece<char>(at_.gathered);
-    const int64_t block_bytes = kRowBlocksPerTokenBlock * row_bytes;
+    const int64_t block_bytes = plan_.deal_block() / kRowBlock * row_bytes;
     for (int r = 0; r < size; ++r) {
       LF_RETURN_IF_ERROR(CopyBlocks(kernels_, static_cast<char*>(to) + plan_.Slot(r) * block_bytes,
                                     size * block_bytes, from, block_bytes, block_bytes, counts_bytes[r],

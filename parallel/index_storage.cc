@@ -13,8 +13,6 @@ constexpr int64_t kMinVertical = 30;
 constexpr int64_t kMinSlash = 50;
 constexpr int64_t kId = sizeof(int32_t);
 
-int64_t RowBlocksOf(int64_t tokens) { return (tokens + kRowBlock - 1) / kRowBlock; }
-
 // Runs of distances that are more than 64 apart from each other.
 int64_t MaxRuns(int64_t distances, int64_t num_tokens) {
   return std::min(distances, (num_tokens + kRowBlock) / (kRowBlock + 1));

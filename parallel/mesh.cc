@@ -51,17 +51,24 @@ std::string ToString(const Mesh& mesh) {
   return absl::StrCat("sequence=", mesh.sequence, ",head=", mesh.head);
 }
 
+ShardPlan::ShardPlan(Mesh mesh, int64_t num_tokens)
+    : mesh_(mesh), num_tokens_(num_tokens), deal_block_(kTokenBlock) {
+  while (deal_block_ < kMaxDealBlock && num_tokens >= 2 * deal_block_ * kMinDealtBlocks * mesh.size()) {
+    deal_block_ *= 2;
+  }
+}
+
 PositionMap ShardPlan::TokenPositions(int rank) const {
-  return {kTokenBlock * Slot(rank), kTokenBlock, kTokenBlock * mesh_.size()};
+  return {deal_block_ * Slot(rank), deal_block_, deal_block_ * mesh_.size()};
 }
 
 int64_t ShardPlan::NumTokens(int rank) const { return TokenPositions(rank).RowsBelow(num_tokens_); }
 
 std::vector<TokenRange> ShardPlan::TokenRanges(int rank) const {
   std::vector<TokenRange> ranges;
-  const int64_t stride = kTokenBlock * mesh_.size();
-  for (int64_t begin = kTokenBlock * Slot(rank); begin < num_tokens_; begin += stride) {
-    const int64_t end = std::min(begin + kTokenBlock, num_tokens_);
+  const int64_t stride = deal_block_ * mesh_.size();
+  for (int64_t begin = deal_block_ * Slot(rank); begin < num_tokens_; begin += stride) {
+    const int64_t end = std::min(begin + deal_block_, num_tokens_);
     if (!ranges.empty() && ranges.back().end == begin) {
       ranges.back().end = end;
     } else {
@@ -72,12 +79,12 @@ std::vector<TokenRange> ShardPlan::TokenRanges(int rank) const {
 }
 
 int ShardPlan::RankOfToken(int64_t position) const {
-  const int slot = static_cast<int>(position / kTokenBlock % mesh_.size());
+  const int slot = static_cast<int>(position / deal_block_ % mesh_.size());
   return slot % mesh_.sequence * mesh_.head + slot / mesh_.sequence;
 }
 
 PositionMap ShardPlan::GroupPositions(int sequence_index) const {
-  return {kTokenBlock * sequence_index, kTokenBlock, kTokenBlock * mesh_.sequence};
+  return {deal_block_ * sequence_index, deal_block_, deal_block_ * mesh_.sequence};
 }
 
 int64_t ShardPlan::GroupNumTokens(int sequence_index) const {

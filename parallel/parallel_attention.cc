@@ -20,23 +20,27 @@ namespace {
 constexpr double kCpuLaunchFlops = 5e10;
 constexpr double kDeviceLaunchFlops = 0.2 * 200e12;
 
-int64_t BlocksOf(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
-
 // The heads that one rank computes in one round.
 struct RoundHeads {
   std::vector<int32_t> q;   // ascending, so that those of one KV head are neighbours
   std::vector<int32_t> kv;  // ascending, unique
 };
 
-// `neighbours`: the heads of a round must follow one another, since they are used where they lie.
-std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per_kv, int64_t kv_heads_at_once,
-                                   bool neighbours) {
+struct RoundLimits {
+  int64_t first_kv_heads = 1;  // of the first round, which nothing computes beside
+  int64_t kv_heads = 1;        // of every other one
+  bool neighbours = false;     // heads of a round must follow one another: they are used where they lie
+};
+
+std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per_kv,
+                                   const RoundLimits& limits) {
   std::vector<RoundHeads> rounds;
   for (const int32_t head : heads) {
     const int32_t kv = static_cast<int32_t>(head / q_per_kv);
-    if (rounds.empty() || (neighbours && head != rounds.back().q.back() + 1)) rounds.emplace_back();
+    if (rounds.empty() || (limits.neighbours && head != rounds.back().q.back() + 1)) rounds.emplace_back();
     const auto known = [&] { return !rounds.back().kv.empty() && rounds.back().kv.back() == kv; };
-    if (!known() && static_cast<int64_t>(rounds.back().kv.size()) == kv_heads_at_once) rounds.emplace_back();
+    const int64_t most = rounds.size() == 1 ? limits.first_kv_heads : limits.kv_heads;
+    if (!known() && static_cast<int64_t>(rounds.back().kv.size()) == most) rounds.emplace_back();
     if (!known()) rounds.back().kv.push_back(kv);
     rounds.back().q.push_back(head);
   }
@@ -79,21 +83,45 @@ class ParallelAttention::AttentionRun {
     }
   }
 
+  bool started() const { return started_; }
+  bool IsFor(const ShardPlan& plan, const ParallelAttentionParams& params) const {
+    return plan == plan_ && params.k.data == params_.k.data && params.v.data == params_.v.data &&
+           params.heads.empty() && params.sampled.size() == params_.sampled.size();
+  }
+  // With what Begin was not given.
+  void SetParams(const ParallelAttentionParams& params) { params_ = params; }
+
   absl::Status Allocate() {
     LF_ASSIGN_OR_RETURN(memory_,
                         owner_.backend_.memory().Allocate(layout_.total_bytes, "attention of the ranks"));
     return absl::OkStatus();
   }
 
-  absl::StatusOr<ParallelAttentionStats> Execute() {
+  // Enqueues the exchange of the first round, if there is one.
+  absl::Status Start() {
+    started_ = true;
     owner_.attention_timer_.Reset();
     owner_.communication_timer_.Reset();
     owner_.exposed_timer_.Reset();
-    auto& counts = owner_.counts_;
-    LF_RETURN_IF_ERROR(kernels_.Zero(Piece<void>(layout_.counts), sizeof(counts), stream_));
     PlaceRounds();
-    const absl::Status executed = ExecuteRounds();
-    // Memory goes back in the order of the main stream, also after an error.
+    if (!exchanges()) return absl::OkStatus();
+    LF_RETURN_IF_ERROR(owner_.inputs_ready_->Record(stream_));
+    LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.inputs_ready_));
+    LF_RETURN_IF_ERROR(ZeroTails());
+    return num_rounds_ > 0 ? Receive(0) : absl::OkStatus();
+  }
+
+  // Memory goes back in the order of the main stream, also after an error.
+  absl::Status WaitForExchanges() {
+    if (!exchanges()) return absl::OkStatus();
+    LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
+    return WaitExposed(*owner_.exchanges_ended_);
+  }
+
+  absl::StatusOr<ParallelAttentionStats> Execute() {
+    auto& counts = owner_.counts_;
+    absl::Status executed = started_ ? absl::OkStatus() : Start();
+    if (executed.ok()) executed = ExecuteRounds();
     const absl::Status joined = WaitForExchanges();
     LF_RETURN_IF_ERROR(executed);
     LF_RETURN_IF_ERROR(joined);
@@ -137,12 +165,7 @@ class ParallelAttention::AttentionRun {
   // The exchange of a round is enqueued before attention of the one before, and so runs beside it. All ranks
   // give their exchanges in the same order.
   absl::Status ExecuteRounds() {
-    if (exchanges()) {
-      LF_RETURN_IF_ERROR(owner_.inputs_ready_->Record(stream_));
-      LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.inputs_ready_));
-      LF_RETURN_IF_ERROR(ZeroTails());
-      if (num_rounds_ > 0) LF_RETURN_IF_ERROR(Receive(0));
-    }
+    LF_RETURN_IF_ERROR(kernels_.Zero(Piece<void>(layout_.counts), sizeof(owner_.counts_), stream_));
     for (size_t round = 0; round < num_rounds_; ++round) {
       const bool another = exchanges() && round + 1 < num_rounds_;
       if (another && !layout_.one_place) LF_RETURN_IF_ERROR(Receive(round + 1));
@@ -172,13 +195,16 @@ class ParallelAttention::AttentionRun {
     std::vector<int64_t> cost;
     std::vector<int32_t> kv_head;
     for (const int32_t head : all) {
-      cost.push_back(params_.pairs[head].covered);
+      cost.push_back(layout_.head_exchange ? params_.pairs[head].covered : 1);
       kv_head.push_back(static_cast<int32_t>(head / geometry_.q_per_kv()));
     }
     const HeadPlacement placement = PlaceHeads(cost, kv_head, plan_.mesh().head);
+    const RoundLimits limits{.first_kv_heads = layout_.first_kv_heads,
+                             .kv_heads = layout_.kv_heads,
+                             .neighbours = !layout_.head_exchange};
     for (std::vector<int32_t> heads : placement.heads) {
       for (int32_t& head : heads) head = all[head];
-      rounds_.push_back(MakeRounds(heads, geometry_.q_per_kv(), layout_.kv_heads, !layout_.head_exchange));
+      rounds_.push_back(MakeRounds(heads, geometry_.q_per_kv(), limits));
       num_rounds_ = std::max(num_rounds_, rounds_.back().size());
     }
     for (std::vector<RoundHeads>& rounds : rounds_) rounds.resize(num_rounds_);
@@ -215,7 +241,9 @@ class ParallelAttention::AttentionRun {
     RoundInput input = OwnInput(mine);
     if (exchanges()) {
       LF_RETURN_IF_ERROR(WaitExposed(*owner_.received_[round % 2]));
+      const HeadsView<const void> own_q = input.q;
       input = inputs_[round % 2];
+      if (!layout_.head_exchange) input.q = own_q;  // Begin had no queries
     }
     RoundOutput output;
     output.out = {Piece<void>(Received(round).out), width_, static_cast<int64_t>(mine.q.size()) * width_};
@@ -272,12 +300,6 @@ class ParallelAttention::AttentionRun {
     LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
     LF_RETURN_IF_ERROR(HeadsToTokens(round));
     return owner_.communication_timer_.End(exchange_);
-  }
-
-  absl::Status WaitForExchanges() {
-    if (!exchanges()) return absl::OkStatus();
-    LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
-    return WaitExposed(*owner_.exchanges_ended_);
   }
 
   // The main stream waits; what it has to wait is exposed.
@@ -350,11 +372,14 @@ class ParallelAttention::AttentionRun {
     const double blocks = LaunchFlops() / (RowFlops(heads.q) * static_cast<double>(kTokenBlock) + 1);
     int64_t step = kTokenBlock * static_cast<int64_t>(std::clamp(blocks, 1.0, static_cast<double>(1 << 20)));
     if (split()) step = std::min(step, layout_.rotated_rows);
+    const int64_t deal = plan_.deal_block();  // a launch is of whole ones or within one
+    if (step > deal) step -= step % deal;
     const PositionMap positions = plan_.GroupPositions(plan_.SequenceIndex(rank_));
     for (int64_t row = 0; row < group_rows_ && !heads.q.empty();) {
       const int64_t chunk = dual_chunk().ChunkOf(positions.Position(row), plan_.num_tokens());
       const int64_t chunk_end = positions.RowsBelow(dual_chunk().Tokens(chunk, plan_.num_tokens()).end);
-      const int64_t end = std::min(row + step, chunk_end);
+      const int64_t end =
+          std::min({row + step, chunk_end, step < deal ? (row / deal + 1) * deal : chunk_end});
       LF_RETURN_IF_ERROR(Launch(launch, row, end, chunk, IndicesOf(heads.q, chunk)));
       row = end;
     }
@@ -379,8 +404,8 @@ class ParallelAttention::AttentionRun {
     return 4.0 * static_cast<double>(width_) * 2.0 * pairs / static_cast<double>(plan_.num_tokens());
   }
 
-  // Rows [begin, end) of the head group, of one chunk; begin is a multiple of the token block. Waits until at
-  // most one launch is on its way.
+  // Rows [begin, end) of the head group, of one chunk: whole dealt blocks or within one. Waits until at most
+  // one launch is on its way.
   absl::Status Launch(AttentionParams launch, int64_t begin, int64_t end, int64_t chunk,
                       std::span<const IndexView> indices) {
     Event& ended = *owner_.launch_ended_[num_launches_ % owner_.launch_ended_.size()];
@@ -444,7 +469,7 @@ class ParallelAttention::AttentionRun {
     const int members = head_group_.size();
     const auto my_heads = static_cast<int64_t>(lists[head_group_.rank()].size());
     std::vector<int64_t> send_bytes(members), recv_bytes(members);
-    for (int64_t block = 0; block < BlocksOf(MemberRows(0)); block += layout_.head_slice) {
+    for (int64_t block = 0; block < plan_.DealtBlocks(MemberRows(0)); block += layout_.head_slice) {
       char* send = Piece<char>(layout_.send);
       const TokenRange rows = Slice(local_rows_, block, layout_.head_slice);
       for (int m = 0; m < members; ++m) {
@@ -468,9 +493,9 @@ class ParallelAttention::AttentionRun {
   absl::Status HeadsToTokens(size_t round) {
     const int members = head_group_.size();
     const int64_t my_row = RowBytes(static_cast<int64_t>(rounds_[head_group_.rank()][round].q.size()));
-    const int64_t block_bytes = kTokenBlock * my_row;
+    const int64_t block_bytes = plan_.deal_block() * my_row;
     std::vector<int64_t> send_bytes(members), recv_bytes(members);
-    for (int64_t block = 0; block < BlocksOf(MemberRows(0)); block += layout_.head_slice) {
+    for (int64_t block = 0; block < plan_.DealtBlocks(MemberRows(0)); block += layout_.head_slice) {
       const TokenRange rows = Slice(local_rows_, block, layout_.head_slice);
       char* send = Piece<char>(layout_.send);
       for (int m = 0; m < members; ++m) {
@@ -520,7 +545,7 @@ class ParallelAttention::AttentionRun {
     std::vector<int32_t> heads(num_heads);
     for (int64_t head = 0; head < num_heads; ++head) heads[head] = static_cast<int32_t>(head);
     std::vector<int64_t> counts_bytes(members);
-    for (int64_t block = 0; block < BlocksOf(plan_.GroupNumTokens(0)); block += layout_.key_slice) {
+    for (int64_t block = 0; block < plan_.DealtBlocks(plan_.GroupNumTokens(0)); block += layout_.key_slice) {
       const TokenRange rows = Slice(group_rows_, block, layout_.key_slice);
       LF_RETURN_IF_ERROR(
           PackHeads(kernels_, *view, heads, rows, width_, Piece<char>(layout_.send), exchange_).status());
@@ -544,8 +569,8 @@ class ParallelAttention::AttentionRun {
   absl::StatusOr<const char*> Interleave(const char* from, int64_t num_heads, const TokenRange& rows,
                                          int members, int member, HeadsView<void> to) {
     const int64_t bytes = RowBytes(rows);
-    const int64_t block_bytes = RowBytes(kTokenBlock);
-    const int64_t to_row = (rows.begin / kTokenBlock * members + member) * kTokenBlock;
+    const int64_t block_bytes = RowBytes(plan_.deal_block());
+    const int64_t to_row = (rows.begin / plan_.deal_block() * members + member) * plan_.deal_block();
     for (int64_t head = 0; head < num_heads && bytes > 0; ++head, from += bytes) {
       void* place = Advance(to.data, head * to.head_stride + to_row * width_, kernels_.compute_dtype());
       LF_RETURN_IF_ERROR(CopyBlocks(kernels_, place, members * block_bytes, from, block_bytes, block_bytes,
@@ -554,9 +579,9 @@ class ParallelAttention::AttentionRun {
     return from;
   }
 
-  // Rows of the blocks [block, block + count) of a buffer with so many rows.
-  static TokenRange Slice(int64_t rows, int64_t block, int64_t count) {
-    return {std::min(rows, block * kTokenBlock), std::min(rows, (block + count) * kTokenBlock)};
+  // Rows of the dealt blocks [block, block + count) of a buffer with so many rows.
+  TokenRange Slice(int64_t rows, int64_t block, int64_t count) const {
+    return {std::min(rows, block * plan_.deal_block()), std::min(rows, (block + count) * plan_.deal_block())};
   }
 
   // Bytes of so many rows of head_dim.
@@ -592,9 +617,9 @@ class ParallelAttention::AttentionRun {
   Communicator& head_group_;
   Communicator& sequence_group_;
   const AttentionGeometry& geometry_;
-  const ShardPlan& plan_;
+  const ShardPlan plan_;
   const int rank_;
-  const ParallelAttentionParams& params_;
+  ParallelAttentionParams params_;
   const AttentionLayout layout_;
   const int64_t width_;    // head_dim
   const int64_t element_;  // bytes
@@ -608,6 +633,7 @@ class ParallelAttention::AttentionRun {
   std::vector<int32_t> computed_heads_;  // in the order of the sampled lse on the device
   int cta_limit_ = 0;                    // of the round that is being launched
   size_t num_launches_ = 0;
+  bool started_ = false;
   bool stopped_ = false;
 };
 
@@ -625,6 +651,12 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
     return absl::InvalidArgumentError(absl::StrCat("attention: ", params.indices.size(), " indices and ",
                                                    params.pairs.size(), " pair counts for ", heads,
                                                    " query heads in ", chunks, " chunks"));
+  }
+  if (geometry.dual_chunk.Splits(plan.num_tokens()) &&
+      geometry.dual_chunk.chunk_len() % plan.deal_block() != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("attention: dual chunks of ", geometry.dual_chunk.chunk_len(),
+                     " tokens do not hold whole dealt blocks of ", plan.deal_block()));
   }
   if (geometry.dual_chunk.Splits(plan.num_tokens()) && params.query_rotary.head_dim != geometry.head_dim) {
     return absl::InvalidArgumentError(absl::StrCat("attention: queries are rotated in rows of ",
@@ -658,6 +690,20 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
 
 }  // namespace
 
+ParallelAttention::ParallelAttention(Backend& backend, Communicator& world, const Mesh& mesh,
+                                     const AttentionGeometry& geometry,
+                                     const ParallelAttentionOptions& options)
+    : backend_(backend),
+      world_(world),
+      mesh_(mesh),
+      geometry_(geometry),
+      options_(options),
+      attention_timer_(backend),
+      communication_timer_(backend),
+      exposed_timer_(backend) {}
+
+ParallelAttention::~ParallelAttention() = default;
+
 absl::StatusOr<std::unique_ptr<ParallelAttention>> ParallelAttention::Create(
     Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry,
     const ParallelAttentionOptions& options) {
@@ -688,15 +734,46 @@ int64_t ParallelAttention::PlanBytes(const KernelSet& kernels, const AttentionGe
   return AttentionLayout(kernels, geometry, plan, round_bytes, num_sampled).total_bytes;
 }
 
+absl::Status ParallelAttention::Begin(const ShardPlan& plan, const ParallelAttentionParams& params) {
+  LF_CHECK(BeginsEarly(mesh_) && params.heads.empty());
+  LF_RETURN_IF_ERROR(Drop());
+  begun_ = std::make_unique<AttentionRun>(*this, plan, params);
+  CpuStream host;
+  absl::Status status = AgreeOnStatus(world_, begun_->Allocate(), host);
+  if (!status.ok()) {
+    begun_.reset();
+    return status;
+  }
+  if (plan.num_tokens() > 0) status = begun_->Start();
+  if (!status.ok()) internal::AbortGroup(world_, status);
+  return status;
+}
+
+absl::Status ParallelAttention::Drop() {
+  const std::unique_ptr<AttentionRun> begun = std::move(begun_);
+  return begun != nullptr && begun->started() ? begun->WaitForExchanges() : absl::OkStatus();
+}
+
 absl::StatusOr<ParallelAttentionStats> ParallelAttention::Run(const ShardPlan& plan,
                                                               const ParallelAttentionParams& params) {
   absl::Status ready = CheckParams(plan, params, mesh_, geometry_, world_.rank());
-  AttentionRun run(*this, plan, params);
-  if (ready.ok()) ready = run.Allocate();
+  if (ready.ok() && begun_ != nullptr && !begun_->IsFor(plan, params)) {
+    ready = absl::InvalidArgumentError("attention: something else was begun");
+  }
+  std::unique_ptr<AttentionRun> run = std::move(begun_);
+  if (run == nullptr) {
+    run = std::make_unique<AttentionRun>(*this, plan, params);
+    if (ready.ok()) ready = run->Allocate();
+  }
   CpuStream host;
-  LF_RETURN_IF_ERROR(AgreeOnStatus(world_, ready, host));
+  if (const absl::Status agreed = AgreeOnStatus(world_, ready, host); !agreed.ok()) {
+    begun_ = std::move(run);
+    LF_RETURN_IF_ERROR(Drop());
+    return agreed;
+  }
   if (plan.num_tokens() == 0) return ParallelAttentionStats{};
-  absl::StatusOr<ParallelAttentionStats> stats = run.Execute();
+  run->SetParams(params);
+  absl::StatusOr<ParallelAttentionStats> stats = run->Execute();
   if (!stats.ok() && !absl::IsCancelled(stats.status())) internal::AbortGroup(world_, stats.status());
   return stats;
 }

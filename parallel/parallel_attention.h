@@ -4,7 +4,8 @@
 // Attention of one layer over a mesh {sequence, head}, plain or in dual chunks (dual_chunk.h): tokens to
 // heads inside the head group, keys and values gathered over the sequence group, attention, heads back to
 // tokens. One path for all meshes; groups of one copy nothing. KV heads are exchanged and computed in rounds:
-// while one computes on the main stream, the next one is exchanged on a stream of its own.
+// while one computes on the main stream, the next one is exchanged on a stream of its own. What is exchanged
+// before anything computes can begin early (Begin), beside the query projection and the index.
 
 #include <array>
 #include <cstdint>
@@ -64,6 +65,8 @@ struct ParallelAttentionOptions {
 
 class ParallelAttention {
  public:
+  ~ParallelAttention();
+
   // Every rank of `world` calls this with an equal mesh and geometry; splits `world` into head and sequence
   // groups. `backend` and `world`, whose calls take memory of the backend, outlive the result.
   // InvalidArgument when the mesh does not match world.size().
@@ -71,12 +74,24 @@ class ParallelAttention {
       Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry,
       const ParallelAttentionOptions& options = {});
 
-  // Every rank calls this with an equal plan, whose mesh is the one of Create. Works on the backend's main
-  // stream and one beside it, and waits for both at the end, for the pair counts. Bad arguments and missing
-  // memory are agreed on before the first exchange and leave the group usable; a later error aborts it, and
-  // peers return Unavailable. Cancelled: should_stop said so here. This rank has still taken part in every
-  // exchange, so that the group stays in step and usable; `out` is then undefined here and on peers, which
-  // the caller settles by agreeing on cancellation.
+  // Whether there is something to begin early: keys and values are gathered over a sequence group, in rounds
+  // that do not depend on the index. Where heads are exchanged, their placement does.
+  static bool BeginsEarly(const Mesh& mesh) { return mesh.sequence > 1 && mesh.head == 1; }
+  // Where BeginsEarly: every rank calls this with an equal plan once k and v are enqueued on the main stream.
+  // The first round is gathered beside what comes after. `params`: k, v and sampled count, which Run gets
+  // again, with no `heads`. Takes the memory of Run, which gives it back, or Drop does. Errors as those of
+  // Run.
+  absl::Status Begin(const ShardPlan& plan, const ParallelAttentionParams& params);
+  // Gives up what was begun, if anything was: the main stream waits for it. To be called where Run will not
+  // be.
+  absl::Status Drop();
+
+  // Every rank calls this with an equal plan, whose mesh is the one of Create. Goes on with what was begun.
+  // Works on the backend's main stream and one beside it, and waits for both at the end, for the pair counts.
+  // Bad arguments and missing memory are agreed on before the first exchange and leave the group usable; a
+  // later error aborts it, and peers return Unavailable. Cancelled: should_stop said so here. This rank has
+  // still taken part in every exchange, so that the group stays in step and usable; `out` is then undefined
+  // here and on peers, which the caller settles by agreeing on cancellation.
   absl::StatusOr<ParallelAttentionStats> Run(const ShardPlan& plan, const ParallelAttentionParams& params);
 
   // Bytes of the backend's memory that Run takes, on the rank that needs most, with so many sampled rows.
@@ -88,15 +103,7 @@ class ParallelAttention {
   class AttentionRun;
 
   ParallelAttention(Backend& backend, Communicator& world, const Mesh& mesh,
-                    const AttentionGeometry& geometry, const ParallelAttentionOptions& options)
-      : backend_(backend),
-        world_(world),
-        mesh_(mesh),
-        geometry_(geometry),
-        options_(options),
-        attention_timer_(backend),
-        communication_timer_(backend),
-        exposed_timer_(backend) {}
+                    const AttentionGeometry& geometry, const ParallelAttentionOptions& options);
 
   Backend& backend_;
   Communicator& world_;
@@ -115,6 +122,7 @@ class ParallelAttention {
   StreamTimer exposed_timer_;
   std::array<int64_t, 2> counts_{};  // of the last Run: covered, computed
   std::vector<float> sampled_lse_;   // of the last Run: [computed heads, own sampled rows]
+  std::unique_ptr<AttentionRun> begun_;
 };
 
 }  // namespace longfill

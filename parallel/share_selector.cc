@@ -10,14 +10,12 @@
 namespace longfill {
 namespace {
 
-constexpr int64_t kRowBlocksPerTokenBlock = kTokenBlock / kRowBlock;
 // Bits of row blocks that are selected and made into lists together: those of a whole head of half a million
 // tokens. They would be quadratic in memory if they were of all row blocks.
 constexpr int64_t kBitsBytesAtOnce = int64_t{8} << 20;
 
 constexpr char kNoRoomPayload[] = "longfill/block-share-lists-had-no-room";
 
-int64_t RowBlocksOf(int64_t tokens) { return (tokens + kRowBlock - 1) / kRowBlock; }
 int64_t WholeBlocksOf(int64_t tokens) { return tokens / kRowBlock; }
 int64_t WordsOf(int64_t key_blocks) { return (key_blocks + 63) / 64; }
 
@@ -53,7 +51,7 @@ int64_t ShareSelector::HeadsAtOnce() const {
 }
 
 int64_t ShareSelector::RowBlocksAtOnce() const {
-  const int64_t deal = kRowBlocksPerTokenBlock * plan_.mesh().size();  // one token block for each rank
+  const int64_t deal = plan_.deal_block() / kRowBlock * plan_.mesh().size();  // one block for each rank
   const int64_t fitting = std::max<int64_t>(1, kBitsBytesAtOnce / RowBytes() / deal) * deal;
   return std::min(num_row_blocks_, fitting);
 }
@@ -254,7 +252,7 @@ class ShareSelector::Selection {
     LF_RETURN_IF_ERROR(
         world_.AllGather(Piece<void>(at_.own), Piece<void>(at_.gathered), counts_bytes, stream_));
     const char* from = Piece<char>(at_.gathered);
-    const int64_t block_bytes = kRowBlocksPerTokenBlock * planes.row_bytes;
+    const int64_t block_bytes = plan_.deal_block() / kRowBlock * planes.row_bytes;
     for (int r = 0; r < size; ++r) {
       const int64_t bytes = rows_of(r) * planes.row_bytes;  // of a plane
       for (int64_t plane = 0; plane < planes.num_planes; ++plane) {

@@ -43,7 +43,7 @@ std::vector<Selectors> SelectorsOf(const KernelSet& kernels, const ShardPlan& pl
   std::vector<Selectors> chunks;
   for (int64_t chunk = 0; chunk < dual_chunk.NumChunks(plan.num_tokens()); ++chunk) {
     const SelectionScope scope = SelectionScope::LastQueriesOf(dual_chunk, chunk, plan.num_tokens());
-    chunks.emplace_back(kernels, ShardPlan(plan.mesh(), scope.num_keys()), geometry, scope, patterns);
+    chunks.emplace_back(kernels, plan.Prefix(scope.num_keys()), geometry, scope, patterns);
   }
   return chunks;
 }
@@ -99,6 +99,11 @@ absl::Status SparseIndexBuilder::Check(const ShardPlan& plan, std::span<const He
   }
   if (geometry_.dual_chunk.Splits(plan.num_tokens())) {
     LF_RETURN_IF_ERROR(CheckDualChunkPatterns(patterns, coverage_));
+    if (const int64_t chunk_len = geometry_.dual_chunk.chunk_len(); chunk_len % plan.deal_block() != 0) {
+      return absl::InvalidArgumentError(absl::StrCat("sparse index: dual chunks of ", chunk_len,
+                                                     " tokens do not hold whole dealt blocks of ",
+                                                     plan.deal_block()));
+    }
   }
   for (const HeadPattern& pattern : patterns) {
     LF_RETURN_IF_ERROR(Validate(pattern));

@@ -20,7 +20,7 @@ constexpr int64_t kDeviceScoreBytes = int64_t{1} << 30;
 constexpr int64_t kFloat = sizeof(float);
 constexpr int64_t kWord = sizeof(uint64_t);
 
-static_assert(kSelectionBlock == kTokenBlock, "each key block of the deal is one window");
+static_assert(kSelectionBlock == kTokenBlock, "dealt blocks are whole windows");
 
 int64_t BlocksOf(int64_t tokens) { return (tokens + kSelectionBlock - 1) / kSelectionBlock; }
 int64_t ScoreStride(int64_t local_tokens) { return (local_tokens + 63) / 64 * 64; }
@@ -306,45 +306,66 @@ class VerticalSlashSelector::Batch {
     return kernels_.CopyIn(row_max, lowest.data(), rows * kFloat, stream_);
   }
 
-  // The last 63 entries of each window are distances of the next key block: they go to its owner, slot + 1.
+  // The last 63 entries of each window are distances of the next key block. Those of the last window of a
+  // dealt block go to the owner of the next one, slot + 1.
   absl::Status ExchangeOverlaps() {
     constexpr int64_t kBytes = kDiagonalOverlap * kFloat;
     const int rank = world_.rank();
     const int size = world_.size();
     const int slot = plan_.Slot(rank);
-    const bool has_first = slot == 0 && local_blocks_ > 0;
+    const int64_t dealt = plan_.DealtBlocks(local_tokens_);
+    const int64_t windows_of_dealt = plan_.deal_block() / kSelectionBlock;
+    const bool has_first = slot == 0 && dealt > 0;
     const bool has_last = plan_.RankOfToken(plan_.num_tokens() - 1) == rank;
-    const int64_t with_previous = local_blocks_ - (has_first ? 1 : 0);
-    const int64_t with_next = local_blocks_ - (has_last ? 1 : 0);
+    const int64_t with_previous = dealt - (has_first ? 1 : 0);
+    const int64_t with_next = dealt - (has_last ? 1 : 0);
     char* const sent = Piece<char>(at_.overlaps_sent);
     for (int64_t i = 0; i < count_ && with_next > 0; ++i) {
-      const float* windows = Piece<float>(at_.slash) + i * local_blocks_ * kDiagonalWindow;
       LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = sent + i * with_next * kBytes,
                                           .to_pitch = kBytes,
-                                          .from = windows + kSelectionBlock,
-                                          .from_pitch = kDiagonalWindow * kFloat,
+                                          .from = OverlapsOf(i, windows_of_dealt - 1),
+                                          .from_pitch = windows_of_dealt * kDiagonalWindow * kFloat,
                                           .row_bytes = kBytes,
                                           .rows = with_next},
                                          stream_));
     }
-    const auto rank_of_slot = [&](int s) { return plan_.RankOfToken(kTokenBlock * s); };
+    const auto rank_of_slot = [&](int s) { return plan_.RankOfToken(plan_.deal_block() * s); };
     std::vector<int64_t> send_bytes(size);
     std::vector<int64_t> recv_bytes(size);
     send_bytes[rank_of_slot((slot + 1) % size)] = count_ * with_next * kBytes;
     recv_bytes[rank_of_slot((slot + size - 1) % size)] = count_ * with_previous * kBytes;
     char* const received = Piece<char>(at_.overlaps_received);
     LF_RETURN_IF_ERROR(world_.AllToAll(sent, send_bytes, received, recv_bytes, stream_));
-    // The prompt's first block has none before it.
     char* const overlaps = Piece<char>(at_.overlaps);
-    LF_RETURN_IF_ERROR(kernels_.Zero(overlaps, count_ * local_blocks_ * kBytes, stream_));
-    if (with_previous == 0) return absl::OkStatus();
-    return kernels_.Copy2D({.to = overlaps + (has_first ? kBytes : 0),
-                            .to_pitch = local_blocks_ * kBytes,
-                            .from = received,
-                            .from_pitch = with_previous * kBytes,
-                            .row_bytes = with_previous * kBytes,
-                            .rows = count_},
-                           stream_);
+    // Within a dealt block from the window before; the first of each is written over.
+    if (windows_of_dealt > 1 && count_ * local_blocks_ > 1) {
+      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = overlaps + kBytes,
+                                          .to_pitch = kBytes,
+                                          .from = OverlapsOf(0, 0),
+                                          .from_pitch = kDiagonalWindow * kFloat,
+                                          .row_bytes = kBytes,
+                                          .rows = count_ * local_blocks_ - 1},
+                                         stream_));
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      char* const of_head = overlaps + i * local_blocks_ * kBytes;
+      // The prompt's first block has none before it.
+      if (has_first) LF_RETURN_IF_ERROR(kernels_.Zero(of_head, kBytes, stream_));
+      if (with_previous == 0) continue;
+      const int64_t pitch = windows_of_dealt * kBytes;
+      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = of_head + (has_first ? pitch : 0),
+                                          .to_pitch = pitch,
+                                          .from = received + i * with_previous * kBytes,
+                                          .from_pitch = kBytes,
+                                          .row_bytes = kBytes,
+                                          .rows = with_previous},
+                                         stream_));
+    }
+    return absl::OkStatus();
+  }
+  // Of a window of a head of the batch, those entries that are distances of the next key block.
+  const float* OverlapsOf(int64_t head, int64_t window) const {
+    return Piece<float>(at_.slash) + (head * local_blocks_ + window) * kDiagonalWindow + kSelectionBlock;
   }
 
   absl::Status Join() {

@@ -138,7 +138,7 @@ BlockListIndex MakeRandomBlocks(const RandomBlocks& blocks, int64_t num_tokens, 
   index.row_offsets.push_back(0);
   std::vector<int32_t> candidates;
   std::vector<int32_t> taken;
-  const int64_t num_row_blocks = (num_tokens + kRowBlock - 1) / kRowBlock;
+  const int64_t num_row_blocks = RowBlocksOf(num_tokens);
   for (int64_t row_block = 0; row_block < num_row_blocks; ++row_block) {
     if (row_block % tall == 0) {  // a block of rows begins
       const int64_t last_row = std::min((row_block + tall) * kRowBlock, num_tokens) - 1;

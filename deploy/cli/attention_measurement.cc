@@ -16,7 +16,7 @@ constexpr int64_t kPairPiece = 1024;  // row blocks that a task counts
 constexpr float kPoison = 1e4F;       // stddev of what results are overwritten with before they are checked
 
 PairCounts CountAllPairs(std::span<const IndexView> indices, int64_t num_tokens, ThreadPool& threads) {
-  const int64_t row_blocks = (num_tokens + kRowBlock - 1) / kRowBlock;
+  const int64_t row_blocks = RowBlocksOf(num_tokens);
   const int64_t pieces = (row_blocks + kPairPiece - 1) / kPairPiece;
   std::vector<PairCounts> counts(indices.size() * static_cast<size_t>(pieces));
   threads.ParallelFor(std::ssize(counts), [&](int64_t task, int) {
@@ -216,9 +216,9 @@ absl::Status AttentionMeasurement::Time() {
     attention.push_back(attention_seconds);
     sum.push_back(index_seconds + attention_seconds);
   }
-  figures_.index = TimingOf(std::move(index));
-  figures_.attention = TimingOf(std::move(attention));
-  figures_.sum = TimingOf(std::move(sum));
+  figures_.index = TimingOf(index);
+  figures_.attention = TimingOf(attention);
+  figures_.sum = TimingOf(sum);
   return absl::OkStatus();
 }
 

@@ -38,11 +38,8 @@ struct BenchOptions {
   AttentionMeasurementOptions measurement;
 };
 
-absl::Status CheckHeads(const BenchOptions& options) {
-  if (options.num_q_heads % options.num_kv_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--q-heads ", options.num_q_heads, " is not a multiple of --kv-heads ", options.num_kv_heads));
-  }
+absl::Status CheckOptions(const BenchOptions& options) {
+  LF_RETURN_IF_ERROR(CheckHeads(options.num_q_heads, options.num_kv_heads));
   if (options.num_heads % options.num_q_heads != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("--heads ", options.num_heads, " is not a multiple of --q-heads ", options.num_q_heads));
@@ -149,7 +146,7 @@ class CaseMaker {
 
 // Every case that the options describe, in the order of lengths, head dims and patterns.
 absl::StatusOr<std::vector<AttentionCase>> MakeCases(const BenchOptions& options, ThreadPool& threads) {
-  LF_RETURN_IF_ERROR(CheckHeads(options));
+  LF_RETURN_IF_ERROR(CheckOptions(options));
   LF_ASSIGN_OR_RETURN(const Coverage coverage, ParseCoverage(options.coverage));
   std::optional<RecordedIndices> recorded;
   if (!options.indices.empty()) {
@@ -241,7 +238,7 @@ int BenchAttention(BenchOptions options, CommandContext& context) {
       Measure(options, *backends, *std::move(cases), threads, *context.signals);
   if (!measured.ok()) return Report(measured.status());
   if (options.json) std::printf("%s", ReportJson(options, *backends->measured, *measured).c_str());
-  if (std::fflush(stdout) != 0) return Report(absl::InternalError("cannot write to standard output"));
+  if (const absl::Status flushed = FlushOutput(); !flushed.ok()) return Report(flushed);
   for (const AttentionFigures& figures : *measured) {
     if (figures.check && !figures.check->Passed()) {
       return Report(

@@ -25,18 +25,11 @@ constexpr std::string_view kMixed = "mixed";
 constexpr int64_t kScoreSamples = 1024;
 constexpr double kMemoryBytesPerSecond = 3e12;  // of the floor: K is read twice
 
-struct BenchOptions {
-  ModelOptions device;  // its device, dtype and threads
-  std::vector<int64_t> tokens = {32768, 131072, 1048576};
+struct BenchOptions : SelectionBenchOptions {
+  BenchOptions() { repeat = 20; }
+
   std::vector<std::string> budgets = {"mixed", "9192,14288"};
   std::string coverage = "tiles";
-  int64_t num_q_heads = 32;
-  int64_t num_kv_heads = 8;
-  int64_t head_dim = 128;
-  std::string kernels = "auto";
-  int repeat = 20;
-  uint64_t seed = 1;
-  bool json = false;
 };
 
 absl::StatusOr<std::vector<VerticalSlash>> BudgetsOfHeads(const std::string& text, int64_t num_heads) {
@@ -195,7 +188,7 @@ class IndexBench {
       LF_ASSIGN_OR_RETURN(const double all, end->SecondsSince(*begin));
       seconds.push_back(all);
     }
-    return TimingOf(std::move(seconds));
+    return TimingOf(seconds);
   }
 
   const BenchOptions& options_;
@@ -229,10 +222,7 @@ std::string TextOf(const IndexFigures& figures) {
 }
 
 absl::Status CheckOptions(const BenchOptions& options) {
-  if (options.num_q_heads % options.num_kv_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--q-heads ", options.num_q_heads, " is not a multiple of --kv-heads ", options.num_kv_heads));
-  }
+  LF_RETURN_IF_ERROR(CheckHeads(options.num_q_heads, options.num_kv_heads));
   LF_RETURN_IF_ERROR(CheckKernels(options.kernels, options.device));
   for (const std::string& budget : options.budgets) {
     LF_RETURN_IF_ERROR(BudgetsOfHeads(budget, 1).status());
@@ -242,9 +232,7 @@ absl::Status CheckOptions(const BenchOptions& options) {
 
 absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
   LF_RETURN_IF_ERROR(CheckOptions(options));
-  LF_ASSIGN_OR_RETURN(DeviceOptions device, MakeDeviceOptions(options.device, 1, 0));
-  device.generic_kernels = options.kernels == "generic";
-  LF_ASSIGN_OR_RETURN(const std::shared_ptr<Backend> backend, CreateBackend(device));
+  LF_ASSIGN_OR_RETURN(const std::shared_ptr<Backend> backend, MakeSelectionBackend(options));
   ThreadPool threads(options.device.threads);
   nlohmann::ordered_json cases = nlohmann::ordered_json::array();
   if (!options.json) std::printf("%s\n", backend->facts().name.c_str());
@@ -267,8 +255,7 @@ absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
         {"cases", std::move(cases)}};
     std::printf("%s\n", report.dump(1).c_str());
   }
-  if (std::fflush(stdout) == 0) return absl::OkStatus();
-  return absl::InternalError("cannot write to standard output");
+  return FlushOutput();
 }
 
 int BenchIndex(BenchOptions options, CommandContext& context) {
@@ -283,34 +270,15 @@ Command AddBenchIndex(CLI::App& bench) {
   CLI::App* app = bench.add_subcommand(
       "index", "Time and check a layer's vertical-slash selection on random Q and K, step by step");
   auto options = std::make_shared<BenchOptions>();
-  app->add_option("--tokens", options->tokens, "lengths of the prompt (default: 32768,131072,1048576)")
-      ->type_name("N,...")
-      ->delimiter(',')
-      ->check(CLI::Range(int64_t{1}, (int64_t{1} << 31) - 128));
+  AddSelectionBenchOptions(*app, *options);
   app->add_option("--budget", options->budgets,
                   "of every head: V,S keys and distances; or mixed, those of published patterns in turn.\n"
                   "May be repeated, each is a case (default: mixed and 9192,14288)")
       ->type_name("BUDGET")
       ->take_all();
-  const CLI::Range heads(1, 65536);
-  app->add_option("--q-heads", options->num_q_heads, "query heads, all of which select (default: 32)")
-      ->type_name("N")
-      ->check(heads);
-  app->add_option("--kv-heads", options->num_kv_heads, "KV heads (default: 8)")->type_name("N")->check(heads);
-  app->add_option("--head-dim", options->head_dim, "(default: 128)")
-      ->type_name("D")
-      ->check(CLI::Range(1, 4096));
   app->add_option("--coverage", options->coverage, "tiles (default) or parity")
       ->type_name("COVERAGE")
       ->check(CLI::IsMember({"parity", "tiles"}));
-  app->add_option("--repeat", options->repeat, "timed runs (default: 20)")
-      ->type_name("R")
-      ->check(CLI::Range(1, 1000));
-  app->add_option("--seed", options->seed, "of Q and K (default: 1)")->type_name("S");
-  app->add_flag("--json", options->json, "one JSON object and nothing else on standard output");
-  AddKernelsOption(*app, options->kernels);
-  AddDeviceOption(*app, options->device);
-  AddThreadsOption(*app, options->device);
   return {app, [options](CommandContext& context) { return BenchIndex(*options, context); }};
 }
 

@@ -102,9 +102,7 @@ int ServeRuns(PrefillEngine& engine, const StopSignals& signals) {
 
 int Print(const BenchReport& report, bool json) {
   std::printf("%s", json ? absl::StrCat(report.ToJson(), "\n").c_str() : report.ToText().c_str());
-  if (std::fflush(stdout) == 0) return kExitDone;
-  PrintError("cannot write to standard output");
-  return kExitFailed;
+  return Report(FlushOutput());
 }
 
 // Collective. Pairs of replayed indices are counted here, so that no timed run does it.

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "deploy/cli/figures.h"
+#include "kernels/base/median.h"
 #include "kernels/sparse/coverage.h"
 
 namespace longfill {
@@ -24,12 +25,6 @@ double Density(const BenchReport& report, int64_t pairs) {
 
 double TokensPerSecond(const PrefillFigures& figures) {
   return figures.seconds > 0 ? static_cast<double>(figures.tokens) / figures.seconds : 0;
-}
-
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
 }
 
 // Relative difference of the peak from the plan; 0 without a plan.

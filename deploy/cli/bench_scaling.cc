@@ -160,8 +160,7 @@ int BenchScaling(ScalingOptions options, CommandContext& context) {
   const absl::Status status = MeasureAll(options, *read, *context.signals, &report);
   if (!status.ok()) return Report(status);
   if (options.json) std::printf("%s\n", report.ToJson().c_str());
-  if (std::fflush(stdout) != 0) return Report(absl::InternalError("cannot write to standard output"));
-  return kExitDone;
+  return Report(FlushOutput());
 }
 
 void AddScalingOptions(CLI::App& app, ScalingOptions& options) {

@@ -24,18 +24,9 @@ namespace {
 constexpr int64_t kCheckedRowBlocks = 4;
 constexpr double kShareTolerance = 0.01;  // relative; the contract suite holds the bits to a tighter bound
 
-struct BenchOptions {
-  ModelOptions device;  // its device, dtype and threads
-  std::vector<int64_t> tokens = {32768, 131072, 1048576};
+struct BenchOptions : SelectionBenchOptions {
   std::string attention = "block-share:4,0.1";
-  int64_t num_q_heads = 32;
-  int64_t num_kv_heads = 8;
-  int64_t head_dim = 128;
   float q_stddev = 2;
-  std::string kernels = "auto";
-  int repeat = 5;
-  uint64_t seed = 1;
-  bool json = false;
 };
 
 struct ShareFigures {
@@ -60,7 +51,7 @@ class SharesBench {
         stream_(backend.stream()),
         dtype_(kernels_.compute_dtype()),
         num_tokens_(num_tokens),
-        num_row_blocks_((num_tokens + kRowBlock - 1) / kRowBlock),
+        num_row_blocks_(RowBlocksOf(num_tokens)),
         num_key_blocks_(num_tokens / kRowBlock),
         words_((num_row_blocks_ + 63) / 64),
         group_(options.num_q_heads / options.num_kv_heads),
@@ -134,7 +125,7 @@ class SharesBench {
       figures->density = static_cast<double>(covered) / static_cast<double>(options_.num_q_heads) /
                          static_cast<double>(CausalPairs(num_tokens_));
     }
-    figures->index = TimingOf(std::move(seconds));
+    figures->index = TimingOf(seconds);
     return absl::OkStatus();
   }
 
@@ -192,7 +183,7 @@ class SharesBench {
         LF_ASSIGN_OR_RETURN(const double once, end->SecondsSince(*begin));
         seconds.push_back(once);
       }
-      figures->steps.emplace_back(name, TimingOf(std::move(seconds)));
+      figures->steps.emplace_back(name, TimingOf(seconds));
     }
     return absl::OkStatus();
   }
@@ -296,10 +287,7 @@ std::string TextOf(const ShareFigures& figures) {
 }
 
 absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
-  if (options.num_q_heads % options.num_kv_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--q-heads ", options.num_q_heads, " is not a multiple of --kv-heads ", options.num_kv_heads));
-  }
+  LF_RETURN_IF_ERROR(CheckHeads(options.num_q_heads, options.num_kv_heads));
   LF_RETURN_IF_ERROR(CheckKernels(options.kernels, options.device));
   LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(options.attention));
   if (const auto* shares = std::get_if<BlockShare>(&pattern)) return *shares;
@@ -309,9 +297,7 @@ absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
 
 absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
   LF_ASSIGN_OR_RETURN(const BlockShare pattern, PatternOf(options));
-  LF_ASSIGN_OR_RETURN(DeviceOptions device, MakeDeviceOptions(options.device, 1, 0));
-  device.generic_kernels = options.kernels == "generic";
-  LF_ASSIGN_OR_RETURN(const std::shared_ptr<Backend> backend, CreateBackend(device));
+  LF_ASSIGN_OR_RETURN(const std::shared_ptr<Backend> backend, MakeSelectionBackend(options));
   nlohmann::ordered_json cases = nlohmann::ordered_json::array();
   if (!options.json) std::printf("%s, %s\n", backend->facts().name.c_str(), ToString(pattern).c_str());
   for (const int64_t num_tokens : options.tokens) {
@@ -330,8 +316,7 @@ absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
         {"repeat", options.repeat},        {"cases", std::move(cases)}};
     std::printf("%s\n", report.dump(1).c_str());
   }
-  if (std::fflush(stdout) == 0) return absl::OkStatus();
-  return absl::InternalError("cannot write to standard output");
+  return FlushOutput();
 }
 
 int BenchShares(BenchOptions options, CommandContext& context) {
@@ -346,33 +331,14 @@ Command AddBenchShares(CLI::App& bench) {
   CLI::App* app =
       bench.add_subcommand("shares", "Time and check a layer's block-share selection on random Q and K");
   auto options = std::make_shared<BenchOptions>();
-  app->add_option("--tokens", options->tokens, "lengths of the prompt (default: 32768,131072,1048576)")
-      ->type_name("N,...")
-      ->delimiter(',')
-      ->check(CLI::Range(int64_t{1}, (int64_t{1} << 31) - 128));
+  AddSelectionBenchOptions(*app, *options);
   app->add_option("--attention", options->attention, "of every head (default: block-share:4,0.1)")
       ->type_name("block-share:R,TAU");
-  const CLI::Range heads(1, 65536);
-  app->add_option("--q-heads", options->num_q_heads, "query heads (default: 32)")
-      ->type_name("N")
-      ->check(heads);
-  app->add_option("--kv-heads", options->num_kv_heads, "KV heads (default: 8)")->type_name("N")->check(heads);
-  app->add_option("--head-dim", options->head_dim, "(default: 128)")
-      ->type_name("D")
-      ->check(CLI::Range(1, 4096));
   app->add_option(
          "--q-stddev", options->q_stddev,
          "of the queries' elements, those of keys have 1: the standard deviation of scores (default: 2)")
       ->type_name("S")
       ->check(CLI::Range(0.001, 1000.0));
-  app->add_option("--repeat", options->repeat, "timed runs (default: 5)")
-      ->type_name("R")
-      ->check(CLI::Range(1, 1000));
-  app->add_option("--seed", options->seed, "of Q and K (default: 1)")->type_name("S");
-  app->add_flag("--json", options->json, "one JSON object and nothing else on standard output");
-  AddKernelsOption(*app, options->kernels);
-  AddDeviceOption(*app, options->device);
-  AddThreadsOption(*app, options->device);
   return {app, [options](CommandContext& context) { return BenchShares(*options, context); }};
 }
 

@@ -2,12 +2,12 @@
 #define LONGFILL_DEPLOY_CLI_BENCH_TIMING_H_
 
 #include <algorithm>
-#include <cstddef>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "kernels/base/median.h"
 
 namespace longfill {
 
@@ -21,11 +21,9 @@ struct Timing {
 };
 
 // Precondition: not empty.
-inline Timing TimingOf(std::vector<double> seconds) {
-  std::sort(seconds.begin(), seconds.end());
-  const size_t half = seconds.size() / 2;
-  const double median = seconds.size() % 2 == 1 ? seconds[half] : (seconds[half - 1] + seconds[half]) / 2;
-  return {median, seconds.front(), seconds.back()};
+inline Timing TimingOf(const std::vector<double>& seconds) {
+  const auto [least, most] = std::minmax_element(seconds.begin(), seconds.end());
+  return {Median(seconds), *least, *most};
 }
 
 inline nlohmann::ordered_json ToJson(const Timing& timing) {

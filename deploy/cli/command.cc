@@ -79,6 +79,11 @@ int Report(const absl::Status& status) {
   return ExitCodeOf(status);
 }
 
+absl::Status FlushOutput() {
+  if (std::fflush(stdout) == 0) return absl::OkStatus();
+  return absl::InternalError("cannot write to standard output");
+}
+
 int ReportNoWorld(const Launch& launch, const absl::Status& status) {
   return launch.process == 0 ? Report(status) : ExitCodeOf(status);
 }

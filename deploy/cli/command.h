@@ -52,6 +52,8 @@ void PrintError(std::string_view message);
 // Prints the error and returns the exit code that its status code stands for.
 int Report(const absl::Status& status);
 int ExitCodeOf(const absl::Status& status);
+// Writes out what standard output holds; Internal if that fails: what was printed is not there.
+absl::Status FlushOutput();
 // The exit code of a command that could not make its World; the first process says why.
 int ReportNoWorld(const Launch& launch, const absl::Status& status);
 

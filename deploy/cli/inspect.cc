@@ -295,8 +295,7 @@ absl::Status Inspect(const InspectOptions& options) {
   }
   const int64_t longest_served = LongestPrompt(input, host.budget, config.max_position_embeddings);
   PrintLongest(host, mesh, longest_batch, longest_served);
-  if (std::fflush(stdout) != 0) return absl::InternalError("cannot write to standard output");
-  return absl::OkStatus();
+  return FlushOutput();
 }
 
 }  // namespace

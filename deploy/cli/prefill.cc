@@ -131,11 +131,7 @@ int RunJob(PrefillEngine& engine, const PrefillOptions& options, Job& job, const
   }
   if (job.output != nullptr) job.output->Keep();
   if (options.prompt.json) std::printf("%s\n", FiguresToJson(figures).c_str());
-  if (std::fflush(stdout) != 0) {
-    PrintError("cannot write to standard output");
-    return kExitFailed;
-  }
-  return kExitDone;
+  return Report(FlushOutput());
 }
 
 absl::StatusOr<Job> ReadJob(const PrefillOptions& command) {

@@ -182,9 +182,7 @@ int Search(const SearchCommandOptions& options, CommandContext& context) {
   }
   if ((*world)->rank() != 0) return kExitDone;
   std::printf("%s", report->c_str());
-  if (std::fflush(stdout) == 0) return kExitDone;
-  PrintError("cannot write to standard output");
-  return kExitFailed;
+  return Report(FlushOutput());
 }
 
 void AddInputOptions(CLI::App& app, SearchCommandOptions& options) {
@@ -289,8 +287,9 @@ void AddTargets(CLI::App& app, SearchCommandOptions& options) {
       ->type_name("WHAT")
       ->check(CLI::IsMember({"end", "error", "recall"}));
   app.add_option("--target-tokens", options.target_tokens,
-                 "length at which time counts; some prompt has it (default: the longest)")
-      ->type_name("N")
+                 "lengths at which the time is kept to; some prompt has each (default: the longest)")
+      ->type_name("N,...")
+      ->delimiter(',')
       ->check(AtLeast(1));
 }
 

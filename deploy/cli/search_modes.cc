@@ -7,6 +7,7 @@
 #include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -66,17 +67,16 @@ absl::StatusOr<SearchOptions> MakeSearchOptions(const SearchCommandOptions& opti
     search.budgets = options.budgets;
     if (search.budgets.empty()) search.budgets.assign(std::begin(kDefaultBudgets), std::end(kDefaultBudgets));
   }
-  search.target_tokens = options.target_tokens;
-  for (const std::vector<int32_t>& sample : input.samples) {
-    if (options.target_tokens == 0) search.target_tokens = std::max(search.target_tokens, std::ssize(sample));
+  std::set<int64_t> lengths;
+  for (const std::vector<int32_t>& sample : input.samples) lengths.insert(std::ssize(sample));
+  std::set<int64_t> targets(options.target_tokens.begin(), options.target_tokens.end());
+  if (targets.empty() && !lengths.empty()) targets = {*lengths.rbegin()};
+  for (const int64_t length : targets) {
+    if (lengths.contains(length)) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--target-tokens: no sample has ", length, " tokens, a length at which time counts"));
   }
-  const auto is_target = [&search](const std::vector<int32_t>& sample) {
-    return std::ssize(sample) == search.target_tokens;
-  };
-  if (std::none_of(input.samples.begin(), input.samples.end(), is_target)) {
-    return absl::InvalidArgumentError(absl::StrCat("--target-tokens: no sample has ", search.target_tokens,
-                                                   " tokens, the length at which time counts"));
-  }
+  search.target_lengths.assign(targets.begin(), targets.end());
   search.value = options.value == "error"    ? SearchValue::kError
                  : options.value == "recall" ? SearchValue::kRecall
                                              : SearchValue::kEnd;
@@ -137,7 +137,7 @@ absl::StatusOr<Json> DescribeSettings(const SearchCommandOptions& options, const
                    {"candidates", Specs(search.families)},
                    {"budgets", search.budgets},
                    {"reference", ToString(search.reference)},
-                   {"target_tokens", search.target_tokens}};
+                   {"target_tokens", search.target_lengths}};
   // What the search would measure itself is measured so.
   if (cost_hash.empty()) settings["calibration_layers"] = options.calibration_layers;
   return settings;
@@ -159,6 +159,17 @@ Json ToJson(const SearchTotals& totals) {
           {"least_recall", totals.least_recall},
           {"last_rows_recall", totals.last_recall},
           {"mean_error", totals.error}};
+}
+
+Json ToJson(const std::vector<SearchSeconds>& lengths) {
+  Json json = Json::array();
+  for (const SearchSeconds& length : lengths) {
+    json.push_back({{"tokens", length.num_tokens},
+                    {"seconds", length.seconds},
+                    {"reference_seconds", length.reference},
+                    {"share_of_reference", length.seconds / length.reference}});
+  }
+  return json;
 }
 
 // Pattern to number of heads, the most frequent first.
@@ -188,14 +199,18 @@ std::string ReportText(const SearchCommandOptions& options, const SearchResult& 
   const SearchTotals& found = result.totals;
   const SearchTotals& reference = result.reference;
   std::string text = absl::StrFormat(
-      "%d candidates, %.1f s. Attention and index at %d tokens, all heads, predicted: %.4g s, %.3f of %s "
-      "(%.4g s)\nmean recall %.5f (%s %.5f), least %.5f (%.5f), last rows %.5f (%.5f), mean error %.5f "
-      "(%.5f)\n",
-      result.candidates.size(), json.at("search_seconds").get<double>(),
-      json.at("target_tokens").get<int64_t>(), found.seconds, found.seconds / reference.seconds,
-      options.reference, reference.seconds, found.recall, options.reference, reference.recall,
-      found.least_recall, reference.least_recall, found.last_recall, reference.last_recall, found.error,
-      reference.error);
+      "%d candidates, %.1f s\nmean recall %.5f (%s %.5f), least %.5f (%.5f), last rows %.5f (%.5f), mean "
+      "error "
+      "%.5f (%.5f)\n",
+      result.candidates.size(), json.at("search_seconds").get<double>(), found.recall, options.reference,
+      reference.recall, found.least_recall, reference.least_recall, found.last_recall, reference.last_recall,
+      found.error, reference.error);
+  for (const SearchSeconds& length : result.lengths) {
+    absl::StrAppendFormat(
+        &text, "attention and index at %d tokens, all heads, predicted: %.4g s, %.3f of %s (%.4g s)\n",
+        length.num_tokens, length.seconds, length.seconds / length.reference, options.reference,
+        length.reference);
+  }
   if (result.num_refined > 0) absl::StrAppend(&text, result.num_refined, " heads refined\n");
   for (const auto& [pattern, count] : json.at("patterns").items()) {
     absl::StrAppend(&text, pattern, ": ", count.get<int64_t>(), " heads\n");
@@ -255,7 +270,7 @@ absl::Status WriteResult(const SearchCommandOptions& options, const LoadedModel&
                                                     .search_json = search.dump()});
   const std::string curve = options.out + ".curve.csv";
   LF_RETURN_IF_ERROR(WriteTextFile(curve, CurveCsv(*result)));
-  const absl::Status written = WritePatternFile(result->patterns, options.out);
+  absl::Status written = WritePatternFile(result->patterns, options.out);
   if (!written.ok()) std::remove(curve.c_str());
   return written;
 }
@@ -341,7 +356,8 @@ absl::StatusOr<std::string> RunPatternSearch(const SearchCommandOptions& options
                                     }};
   LF_ASSIGN_OR_RETURN(SearchResult result, SearchPatterns(model.view(), input.samples, table, search,
                                                           world.communicator(), scoring));
-  const Json figures = {{"target_tokens", search.target_tokens},
+  const Json figures = {{"target_tokens", search.target_lengths},
+                        {"lengths", ToJson(result.lengths)},
                         {"found", ToJson(result.totals)},
                         {"reference", ToJson(result.reference)},
                         {"share_of_reference", result.totals.seconds / result.reference.seconds},

@@ -140,8 +140,7 @@ absl::Status Submit(const SubmitCommandOptions& options, CommandContext& context
   LF_RETURN_IF_ERROR(status);
   output->Keep();
   if (options.prompt.json) std::printf("%s\n", FiguresToJson(figures).c_str());
-  if (std::fflush(stdout) != 0) return absl::InternalError("cannot write to standard output");
-  return absl::OkStatus();
+  return FlushOutput();
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ absl::Status CpuPool(const PoolParams& params, ThreadPool& pool) {
   LF_RETURN_IF_ERROR(CheckAtLeast("pool", "num_rows", params.num_rows, 0));
   LF_RETURN_IF_ERROR(CheckAtLeast("pool", "head_dim", params.head_dim, 0));
   const float* data = static_cast<const float*>(params.x.data);
-  const int64_t blocks = (params.num_rows + kRowBlock - 1) / kRowBlock;
+  const int64_t blocks = RowBlocksOf(params.num_rows);
   pool.ParallelFor(params.num_heads * blocks, [&](int64_t task, int) {
     const int64_t head = task / blocks;
     const int64_t begin = task % blocks * kRowBlock;

@@ -91,7 +91,7 @@ absl::Status CpuCountPairs(const CountPairsParams& params, ThreadPool& pool) {
   LF_RETURN_IF_ERROR(CheckCountedRows(params));
   const auto num_heads = static_cast<int64_t>(params.indices.size());
   const int64_t num_rows = params.CountedRows();
-  const int64_t row_blocks = (num_rows + kRowBlock - 1) / kRowBlock;
+  const int64_t row_blocks = RowBlocksOf(num_rows);
   const int64_t stretches = (row_blocks + kRowBlocksPerTask - 1) / kRowBlocksPerTask;
   std::fill_n(params.counts, num_heads, PairCounts{});
   pool.ParallelFor(num_heads * stretches, [&](int64_t task, int) {

@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t kBlocksAtOnce = 8;  // key blocks whose products are kept before their maxima
 constexpr double kLog2E = 1.4426950408889634;
 
-int64_t RowBlocksOf(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
-
 // The mean of one block of keys and its outliers, to planes `plane_stride` floats apart.
 class BlockRepresentatives {
  public:

@@ -365,7 +365,7 @@ PairCounts CountRowBlockPairs(const IndexView& index, int64_t row_block_begin, i
 }
 
 PairCounts CountPairs(const IndexView& index, int64_t num_tokens) {
-  return CountRowBlockPairs(index, 0, (num_tokens + kRowBlock - 1) / kRowBlock, num_tokens);
+  return CountRowBlockPairs(index, 0, RowBlocksOf(num_tokens), num_tokens);
 }
 
 }  // namespace longfill

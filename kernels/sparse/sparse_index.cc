@@ -71,7 +71,7 @@ absl::Status CheckIndex(const DiagonalColumnIndex& index, int64_t num_tokens) {
 }
 
 absl::Status CheckIndex(const BlockListIndex& index, int64_t num_tokens) {
-  const int64_t num_row_blocks = (num_tokens + kRowBlock - 1) / kRowBlock;
+  const int64_t num_row_blocks = RowBlocksOf(num_tokens);
   const std::vector<int64_t>& offsets = index.row_offsets;
   if (static_cast<int64_t>(offsets.size()) != num_row_blocks + 1) {
     return absl::InternalError(absl::StrCat("sparse index: row_offsets has ", offsets.size(),

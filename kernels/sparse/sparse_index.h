@@ -17,6 +17,8 @@
 namespace longfill {
 
 inline constexpr int64_t kRowBlock = 64;  // query rows that share one list of keys
+// That hold `rows` rows, the last one maybe in part.
+constexpr int64_t RowBlocksOf(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
 
 // Distances [d_lo, d_hi). An exact run covers exactly its pairs; a coarse run covers, for row block m, every
 // causal pair with the keys [64m - d_hi + 1, 64m + 64 - d_lo).

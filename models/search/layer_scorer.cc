@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels/base/median.h"
 #include "kernels/sparse/coverage.h"
 #include "kernels/sparse/sparse_index.h"
 #include "parallel/packing.h"
@@ -16,13 +17,6 @@ constexpr double kCpuLaunchFlops = 5e10;
 constexpr double kDeviceLaunchFlops = 0.2 * 200e12;
 
 int64_t BlocksOf(int64_t num_tokens) { return (num_tokens + kScoreBlock - 1) / kScoreBlock; }
-
-// Of an even number the mean of the middle two.
-double Median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 == 1 ? values[half] : (values[half - 1] + values[half]) / 2;
-}
 
 }  // namespace
 

@@ -17,8 +17,16 @@ constexpr AShape kCheapest{0, 1};
 // A pattern that one head may have.
 struct ScoredPattern {
   Candidate candidate;
-  double seconds = 0;
+  std::vector<double> seconds_at;  // of each target length
   double recall = 0, last_recall = 0, error = 0;
+};
+
+// What the table says of one target length.
+struct LengthCosts {
+  int64_t num_tokens = 0;
+  std::vector<CostCurve> curves;  // of the candidates
+  CostCurve dense;
+  double reference_seconds = 0;  // of the reference on all heads
 };
 
 class PatternSearch {
@@ -52,48 +60,68 @@ class PatternSearch {
   size_t num_all_heads() const { return static_cast<size_t>(num_layers_ * num_heads_); }
 
   absl::Status FindCurves() {
-    for (const Candidate& candidate : result_.candidates) {
-      LF_ASSIGN_OR_RETURN(CostCurve curve, table_.CurveAt(candidate.family, options_.target_tokens));
-      curves_.push_back(std::move(curve));
+    for (const int64_t num_tokens : options_.target_lengths) {
+      LengthCosts costs{.num_tokens = num_tokens};
+      for (const Candidate& candidate : result_.candidates) {
+        LF_ASSIGN_OR_RETURN(CostCurve curve, table_.CurveAt(candidate.family, num_tokens));
+        costs.curves.push_back(std::move(curve));
+      }
+      LF_ASSIGN_OR_RETURN(costs.dense, table_.CurveAt(Dense(), num_tokens));
+      costs_.push_back(std::move(costs));
     }
-    LF_ASSIGN_OR_RETURN(dense_curve_, table_.CurveAt(Dense(), options_.target_tokens));
     return absl::OkStatus();
   }
 
-  const CostCurve& CurveOf(const HeadPattern& family) const {
-    for (size_t i = 0; i < curves_.size(); ++i) {
-      if (result_.candidates[i].family == family) return curves_[i];
+  const CostCurve& CurveOf(const HeadPattern& family, const LengthCosts& costs) const {
+    for (size_t i = 0; i < costs.curves.size(); ++i) {
+      if (result_.candidates[i].family == family) return costs.curves[i];
     }
-    return dense_curve_;
+    return costs.dense;
+  }
+
+  // SearchTotals::seconds of one head.
+  double SecondsOf(const ScoredPattern& pattern) const {
+    double share = 0;
+    for (size_t i = 0; i < costs_.size(); ++i) {
+      share = std::max(share, pattern.seconds_at[i] / costs_[i].reference_seconds);
+    }
+    return share * costs_.back().reference_seconds;
   }
 
   // The means over samples of one head under one candidate of a cube.
   ScoredPattern MeanOf(const ScoreCube& cube, int64_t layer, int64_t candidate, int64_t head,
                        const Candidate& of) const {
     ScoredPattern mean{.candidate = of};
-    double pairs = 0;
-    int64_t num_target = 0;
+    std::vector<double> pairs(costs_.size());
+    std::vector<double> num_samples(costs_.size());
     for (int64_t sample = 0; sample < cube.num_samples(); ++sample) {
       const HeadScore& score = cube.at(sample, layer, candidate, head);
       mean.recall += score.recall;
       mean.last_recall += score.last_recall;
       mean.error += score.error;
-      if (std::ssize(samples_[static_cast<size_t>(sample)]) != options_.target_tokens) continue;
-      pairs += static_cast<double>(score.pairs);
-      ++num_target;
+      for (size_t i = 0; i < costs_.size(); ++i) {
+        if (std::ssize(samples_[static_cast<size_t>(sample)]) != costs_[i].num_tokens) continue;
+        pairs[i] += static_cast<double>(score.pairs);
+        ++num_samples[i];
+      }
     }
     const auto count = static_cast<double>(cube.num_samples());
     mean.recall /= count;
     mean.last_recall /= count;
     mean.error /= count;
-    mean.seconds = PredictSeconds(CurveOf(of.family), pairs / static_cast<double>(num_target));
+    for (size_t i = 0; i < costs_.size(); ++i) {
+      mean.seconds_at.push_back(PredictSeconds(CurveOf(of.family, costs_[i]), pairs[i] / num_samples[i]));
+    }
     return mean;
   }
 
   ScoredPattern DensePattern() const {
     ScoredPattern dense{.candidate = {Dense(), Dense()}};
     dense.recall = dense.last_recall = 1;
-    dense.seconds = PredictSeconds(dense_curve_, static_cast<double>(CausalPairs(options_.target_tokens)));
+    for (const LengthCosts& costs : costs_) {
+      dense.seconds_at.push_back(
+          PredictSeconds(costs.dense, static_cast<double>(CausalPairs(costs.num_tokens))));
+    }
     return dense;
   }
 
@@ -110,6 +138,18 @@ class PatternSearch {
             MeanOf(cube, LayerOf(place), c, HeadOf(place), result_.candidates[static_cast<size_t>(c)]));
       }
       scored_[place].push_back(DensePattern());
+    }
+    return SumReference();
+  }
+
+  absl::Status SumReference() {
+    for (size_t i = 0; i < costs_.size(); ++i) {
+      for (const std::vector<ScoredPattern>& patterns : scored_) {
+        costs_[i].reference_seconds += patterns.front().seconds_at[i];
+      }
+      if (costs_[i].reference_seconds > 0) continue;
+      return absl::InvalidArgumentError(absl::StrCat("by the cost table ", ToString(options_.reference),
+                                                     " takes no time at ", costs_[i].num_tokens, " tokens"));
     }
     return absl::OkStatus();
   }
@@ -132,10 +172,11 @@ class PatternSearch {
     for (const std::vector<ScoredPattern>& patterns : scored_) {
       heads.emplace_back();
       for (const ScoredPattern& pattern : patterns)
-        heads.back().push_back({pattern.seconds, ValueOf(pattern)});
+        heads.back().push_back({SecondsOf(pattern), ValueOf(pattern)});
       reference.push_back(patterns.front());
     }
     result_.reference = Total(reference);
+    result_.reference.seconds = costs_.back().reference_seconds;
     SolverTarget target{.least_value = options_.mean_value};
     if (options_.time_share) target.most_seconds = *options_.time_share * result_.reference.seconds;
     result_.curve = TradeOffCurve(heads);
@@ -156,11 +197,11 @@ class PatternSearch {
       if (chosen_[place].recall < options_.head_recall) missing.push_back(place);
     }
     result_.num_refined = std::ssize(missing);
-    const double dense_seconds = DensePattern().seconds;
+    const double dense_seconds = SecondsOf(DensePattern());
     for (int round = 1; round <= kRefinementRounds; ++round) {
       std::vector<size_t> left;
       for (const size_t place : missing) {
-        const bool may_pay = next[place].seconds < dense_seconds;
+        const bool may_pay = SecondsOf(next[place]) < dense_seconds;
         if (next[place].recall < options_.head_recall && may_pay) left.push_back(place);
       }
       if (left.empty()) break;
@@ -192,7 +233,7 @@ class PatternSearch {
     const ScoredPattern* best = nullptr;
     for (const ScoredPattern& pattern : scored_[place]) {
       if (pattern.recall < options_.head_recall) continue;
-      if (best == nullptr || pattern.seconds < best->seconds) best = &pattern;
+      if (best == nullptr || SecondsOf(pattern) < SecondsOf(*best)) best = &pattern;
     }
     LF_CHECK(best != nullptr);  // dense has recall 1
     chosen_[place] = *best;
@@ -201,7 +242,7 @@ class PatternSearch {
   SearchTotals Total(const std::vector<ScoredPattern>& heads) const {
     SearchTotals totals;
     for (const ScoredPattern& head : heads) {
-      totals.seconds += head.seconds;
+      totals.seconds += SecondsOf(head);
       totals.recall += head.recall;
       totals.last_recall += head.last_recall;
       totals.error += head.error;
@@ -216,6 +257,11 @@ class PatternSearch {
 
   void Conclude() {
     result_.totals = Total(chosen_);
+    for (size_t i = 0; i < costs_.size(); ++i) {
+      SearchSeconds sum{.num_tokens = costs_[i].num_tokens, .reference = costs_[i].reference_seconds};
+      for (const ScoredPattern& head : chosen_) sum.seconds += head.seconds_at[i];
+      result_.lengths.push_back(sum);
+    }
     result_.patterns = PatternSet::Uniform(Dense(), num_layers_, num_heads_);
     for (size_t place = 0; place < chosen_.size(); ++place) {
       result_.patterns.Set(LayerOf(place), HeadOf(place), chosen_[place].candidate.pattern,
@@ -231,8 +277,7 @@ class PatternSearch {
   const ScorePassOptions& pass_;
   const int64_t num_layers_, num_heads_;
 
-  std::vector<CostCurve> curves_;  // of the candidates
-  CostCurve dense_curve_;
+  std::vector<LengthCosts> costs_;                  // of the target lengths
   std::vector<std::vector<ScoredPattern>> scored_;  // [head of all layers][candidates, dense, refinements]
   std::vector<ScoredPattern> chosen_;
   SearchResult result_;
@@ -247,7 +292,8 @@ absl::StatusOr<std::vector<Candidate>> BalanceCandidates(const CostTable& table,
     const auto same = [&pattern](const Candidate& candidate) { return candidate.pattern == pattern; };
     if (std::none_of(candidates.begin(), candidates.end(), same)) candidates.push_back({pattern, family});
   };
-  LF_ASSIGN_OR_RETURN(const CostCurve reference, table.CurveAt(options.reference, options.target_tokens));
+  LF_ASSIGN_OR_RETURN(const CostCurve reference,
+                      table.CurveAt(options.reference, options.target_lengths.back()));
   const auto whole = std::find_if(reference.points.begin(), reference.points.end(),
                                   [](const CostPoint& point) { return point.scale == 1; });
   if (whole == reference.points.end()) {
@@ -255,7 +301,7 @@ absl::StatusOr<std::vector<Candidate>> BalanceCandidates(const CostTable& table,
         absl::StrCat("the cost table has ", ToString(options.reference), " not at its own size (scale 1)"));
   }
   for (const HeadPattern& family : options.families) {
-    LF_ASSIGN_OR_RETURN(const CostCurve curve, table.CurveAt(family, options.target_tokens));
+    LF_ASSIGN_OR_RETURN(const CostCurve curve, table.CurveAt(family, options.target_lengths.back()));
     if (options.budgets.empty()) add(family, family);
     for (const double budget : options.budgets) {
       const double scale = ScaleForSeconds(curve, budget * whole->seconds());
@@ -271,12 +317,12 @@ absl::StatusOr<SearchResult> SearchPatterns(const SearchModel& model,
                                             Communicator& world, const ScorePassOptions& pass) {
   LF_CHECK(options.time_share.has_value() != options.mean_value.has_value());
   LF_CHECK(!std::holds_alternative<Dense>(options.reference));
-  const auto is_target = [&options](const std::vector<int32_t>& sample) {
-    return std::ssize(sample) == options.target_tokens;
-  };
-  if (std::none_of(samples.begin(), samples.end(), is_target)) {
+  LF_CHECK(!options.target_lengths.empty());
+  for (const int64_t length : options.target_lengths) {
+    const auto has = [length](const std::vector<int32_t>& sample) { return std::ssize(sample) == length; };
+    if (std::any_of(samples.begin(), samples.end(), has)) continue;
     return absl::InvalidArgumentError(
-        absl::StrCat("no sample has ", options.target_tokens, " tokens, the length at which time counts"));
+        absl::StrCat("no sample has ", length, " tokens, a length at which time counts"));
   }
   return PatternSearch(model, samples, table, options, world, pass).Run();
 }

@@ -30,9 +30,12 @@ struct SearchOptions {
   // each of them. Empty: families are candidates as they are.
   std::vector<double> budgets;
   HeadPattern reference = kUnlistedHeadPattern;  // always a candidate too, as it is; not dense
-  int64_t target_tokens = 0;                     // length at which time counts; some sample has it
+  // Lengths at which time counts, ascending, at least one; some sample has each. At the last one candidates
+  // are of equal time, and its seconds are those of the result.
+  std::vector<int64_t> target_lengths;
   SearchValue value = SearchValue::kEnd;
-  // Exactly one: total time as a share of that of `reference` on all heads, or the mean value.
+  // Exactly one: total time as a share of that of `reference` on all heads, kept at every target length, or
+  // the mean value.
   std::optional<double> time_share;
   std::optional<double> mean_value;
   // Heads whose recall stays below are given more of their family, kRefinementFactor at a time, beyond the
@@ -55,25 +58,36 @@ absl::StatusOr<std::vector<Candidate>> BalanceCandidates(const CostTable& table,
 
 // Of all heads together: their sum of seconds, the mean of the rest.
 struct SearchTotals {
-  double seconds = 0;  // predicted, at target_tokens
+  // Predicted. With several target lengths each head counts with the length at which it takes the largest
+  // share of the reference's total, so that the share of this sum is a bound of those of all lengths.
+  double seconds = 0;
   double recall = 0;
   double last_recall = 0;
   double error = 0;
   double least_recall = 1;  // of a head
 };
 
+// Predicted, of all heads at one target length.
+struct SearchSeconds {
+  int64_t num_tokens = 0;
+  double seconds = 0;
+  double reference = 0;  // of the reference on all heads
+};
+
 struct SearchResult {
   PatternSet patterns;  // with the recall of each head as its score
   SearchTotals totals;
-  SearchTotals reference;  // the same of the reference on all heads
+  SearchTotals reference;  // the same of the reference on all heads; its seconds are those of the last length
+  std::vector<SearchSeconds> lengths;  // as target_lengths
   std::vector<Candidate> candidates;
   std::vector<TradeOffPoint> curve;  // before refinement
   TradeOffPoint chosen;              // on it
   int64_t num_refined = 0;           // heads
 };
 
-// Every rank calls this with equal arguments and gets an equal result. Errors are those of BalanceCandidates,
-// ScoreCandidates and ChoosePatterns.
+// Every rank calls this with equal arguments and gets an equal result. InvalidArgument: no sample has a
+// target length, the table does not have it, or says that the reference takes no time there; other errors are
+// those of BalanceCandidates, ScoreCandidates and ChoosePatterns.
 absl::StatusOr<SearchResult> SearchPatterns(const SearchModel& model,
                                             std::span<const std::vector<int32_t>> samples,
                                             const CostTable& table, const SearchOptions& options,

@@ -62,30 +62,33 @@ int64_t MostTokens(const ShardPlan& plan) {
   return most;
 }
 
-// The index of a layer, of `shared` bytes more, and the scratch that makes it.
-void PlanSelection(const MemoryPlanInput& input, const ShardPlan& plan, std::span<const HeadPattern> patterns,
-                   int64_t shared, MemoryPlan* result) {
+// Notes the index of a layer, of `shared` bytes more; returns the scratch that makes it.
+int64_t PlanSelection(const MemoryPlanInput& input, const ShardPlan& plan,
+                      std::span<const HeadPattern> patterns, int64_t shared, MemoryPlan* result) {
   const AttentionGeometry geometry = GeometryOf(*input.config);
   const int64_t stays = SparseIndexBuilder::IndexBytes(geometry, plan, patterns);
-  const int64_t scratch = SparseIndexBuilder::PlanBytes(*input.kernels, geometry, plan, patterns) - stays;
   result->index_bytes = std::max(result->index_bytes, stays + shared);
-  result->attention_bytes = std::max(result->attention_bytes, scratch);
+  return SparseIndexBuilder::PlanBytes(*input.kernels, geometry, plan, patterns) - stays;
 }
 
+// Recall and selection of a layer take turns, of `scratch` bytes the larger one, and attention comes after
+// them, or has begun before (ParallelAttention::Begin).
 void PlanAttention(const MemoryPlanInput& input, const ShardPlan& plan, bool watched, int64_t window,
-                   MemoryPlan* result) {
+                   int64_t scratch, MemoryPlan* result) {
   const AttentionGeometry geometry = GeometryOf(*input.config);
   const auto num_sampled =
       watched ? static_cast<int64_t>(SampledPositions(plan.num_tokens(), geometry.q_per_kv()).size()) : 0;
-  result->attention_bytes =
-      std::max(result->attention_bytes,
-               ParallelAttention::PlanBytes(*input.kernels, geometry, plan, /*round_bytes=*/0, num_sampled));
-  if (!watched) return;
-  result->attention_bytes =
-      std::max(result->attention_bytes, RecallMonitor::PlanBytes(*input.kernels, geometry, plan, window));
+  const int64_t attention =
+      ParallelAttention::PlanBytes(*input.kernels, geometry, plan, /*round_bytes=*/0, num_sampled);
+  if (watched) {
+    scratch = std::max(scratch, RecallMonitor::PlanBytes(*input.kernels, geometry, plan, window));
+  }
+  const int64_t together =
+      ParallelAttention::BeginsEarly(plan.mesh()) ? attention + scratch : std::max(attention, scratch);
+  result->attention_bytes = std::max(result->attention_bytes, together);
 }
 
-// Recall, selection and attention of a layer take turns; the index that the one has made stays for the other.
+// Of each layer; the index that selection has made stays for attention.
 void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan* result) {
   const ModelConfig& config = *input.config;
   for (int64_t layer = 0; layer < input.patterns->num_layers(); ++layer) {
@@ -94,12 +97,12 @@ void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan*
     const bool as_before = layer > 0 && std::ranges::equal(patterns, input.patterns->layer(layer - 1)) &&
                            window == config.WindowOf(layer - 1);
     if (as_before) continue;
-    PlanSelection(input, plan, patterns, 0, result);
+    const int64_t scratch = PlanSelection(input, plan, patterns, 0, result);
     const HeadPattern all_keys = SeesAllPattern(window, plan.num_tokens());
     const bool watched = input.recall.on() && !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) {
                            return pattern == all_keys;
                          });
-    PlanAttention(input, plan, watched, window, result);
+    PlanAttention(input, plan, watched, window, scratch, result);
     if (!watched || input.recall.min_recall == 0) continue;
     // Heads that do not fall short take the index over all keys, which they share.
     const int64_t shared = SparseIndexBuilder::IndexBytes(GeometryOf(config), plan, {&all_keys, 1});
@@ -108,7 +111,8 @@ void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan*
       for (const HeadPattern& pattern : patterns) {
         wider.push_back(WidenedPattern(pattern, factor, window, plan.num_tokens()));
       }
-      PlanSelection(input, plan, wider, shared, result);
+      result->attention_bytes =
+          std::max(result->attention_bytes, PlanSelection(input, plan, wider, shared, result));
     }
   }
   if (input.replacement_bytes) result->index_bytes += input.replacement_bytes(input.num_tokens);

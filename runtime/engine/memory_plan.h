@@ -26,7 +26,7 @@ struct MemoryPlan {
   int64_t weights_bytes = 0;     // on a CPU mapped from the checkpoint, shared by the ranks of a host
   int64_t activation_bytes = 0;  // residual, Q, K, V, output of attention, buffers of a chunk of tokens
   int64_t index_bytes = 0;       // the indices of one layer
-  int64_t attention_bytes = 0;   // scratch of selection and of attention, which take turns; exchanged pieces
+  int64_t attention_bytes = 0;   // scratch of selection and of attention; exchanged pieces
   int64_t kv_budget_bytes = 0;   // of KV caches that stay on the device (device tier), taken at the start
   int64_t outside_bytes = 0;     // context and libraries, as measured; nothing of ours
 

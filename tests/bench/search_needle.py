@@ -2,10 +2,10 @@
 """The pattern search on needle-20m, from calibration to judgement: is the file that it finds as good as uniform
 vertical-slash 1000/6096 at half its attention time, on prompts that it has not seen?
 
-    tests/bench/search_needle.py [--tokens 32768,131072] [--device cuda] [--samples 2] [--judge 3] [--work DIR]
+    tests/bench/search_needle.py [--tokens 32768,131072] [--judge-tokens 524288] [--device cuda] [--samples 2] [--judge 3] [--work DIR]
 
-Calibrates and searches on prompts of seed 1 (end layout, as many as --samples for each length), with the time of the
-longest one as the target; then judges on prompts of seed 5001 (as many as --judge): recall and seconds by
+Calibrates and searches on prompts of seed 1 (end layout, as many as --samples for each length), with the time
+of the longest one as the target; then judges on prompts of seed 5001 (as many as --judge): recall and seconds by
 `longfill search --evaluate`, passes by `longfill prefill` with the first token of the answer appended. Prints the table
 of tests/bench/RESULTS.md. In a source tree it needs the shared folder (LONGFILL_SHARED_DIR) and a build
 (LONGFILL_BINARY_DIR); in a pack of tests/gpu/pack.sh it takes all from there. Python: numpy alone.
@@ -104,7 +104,8 @@ def main():
     parser.add_argument("--samples", type=int, default=2, help="calibration prompts of each length")
     parser.add_argument("--judge", type=int, default=3, help="prompts of each length that it is judged on")
     parser.add_argument("--time", type=float, default=0.45, help="target of the search; below a half, since a prediction errs")
-    parser.add_argument("--target-tokens", type=int, default=0, help="length at which time counts (default: the longest)")
+    parser.add_argument("--target-tokens", default="", help="lengths at which the time counts (default: the longest)")
+    parser.add_argument("--judge-tokens", default="", help="lengths that it is judged at (default: those of the search)")
     parser.add_argument("--value", default="end", help="what makes a candidate good, as `longfill search` takes it")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
@@ -128,7 +129,7 @@ def main():
         print(f"calibration {calibrated - begin:.1f} s, search {time.monotonic() - calibrated:.1f} s", flush=True)
         print("| tokens | pattern | passed | mean recall | last rows | mean error | density | attention, s | index, s |")
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
-        for n in lengths:
+        for n in [int(text) for text in args.judge_tokens.split(",")] if args.judge_tokens else lengths:
             prompts = make_prompts(work / f"judge-{n}", n, args.judge, JUDGE_SEED)
             judged = json.loads(longfill("search", "--model", MODEL, *[p for path, _ in prompts for p in ("--tokens", path)],
                                          "--evaluate", REFERENCE, "--evaluate", patterns, "--rows", args.rows, "--json",

@@ -12,8 +12,6 @@ namespace {
 
 using ::testing::HasSubstr;
 
-int64_t RowBlocksOf(int64_t rows) { return (rows + kRowBlock - 1) / kRowBlock; }
-
 class ShareSelectionTest : public BackendTest {
  protected:
   // [heads, outliers + 1, keys / 64, dim]

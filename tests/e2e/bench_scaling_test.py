@@ -56,8 +56,8 @@ class BenchScaling(support.TemporaryDirectoryTest):
         self.assertEqual(figures["network_bytes"], 0)
         # 2000 tokens are 15 blocks of 128 and 80 tokens: a rank has 512, the last 464.
         gathered = (TOKENS - 464) * KV_ROW_BYTES
-        # Five agreements of 8 bytes, and two pairs of int64 of 4 heads, each 2 (n - 1) / n times.
-        reduced = 1.5 * (5 * 8 + 2 * 4 * 2 * 8)
+        # Seven agreements of 8 bytes, and two pairs of int64 of 4 heads, each 2 (n - 1) / n times.
+        reduced = 1.5 * (7 * 8 + 2 * 4 * 2 * 8)
         self.assertEqual(figures["node_bytes"], NUM_LAYERS * (gathered + reduced))
 
     def test_recorded_indices_are_replayed(self):

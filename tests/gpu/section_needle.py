@@ -1,8 +1,10 @@
 """Needle prompts up to a million tokens: what dense passes, every sparse budget passes, and its KL to dense is small.
 
 The second answer token is teacher-forced: the first one is appended to the prompt, so that its last two positions predict
-both. KL(dense || sparse) is over these two positions; its bound is the larger of 1.5 times the published kernels' figure
-(shared eval/README.md) and twice the KL between two dense bfloat16 kernels, ours and torch's, on the same prompts.
+both. KL(dense || sparse) is over these two positions; its bound is the larger of 1.5 times that of the published kernels and
+twice the KL between two dense bfloat16 kernels, ours and torch's, on the same prompts. What the published kernels have is
+measured on the same prompts where --coverage names parity, which covers their pairs, else their published figure (shared
+eval/README.md). Patterns other than vertical-slash must pass what dense passes; their KL is printed.
 """
 
 import json
@@ -55,20 +57,28 @@ def check_length(pack, checks, num_tokens, prompts, budgets, two_dense, coverage
         noise = float(numpy.mean([oracle.divergence(a, b) for a, b in zip(of_torch, dense)]))
         checks.info(f"{name}, dense: KL(torch's || ours)", noise, f"torch's passes {sum(passes(of_torch, answers))} of {len(prompts)}")
     for budget in budgets:
-        for coverage in coverages:
-            sparse, seconds = prefill(pack, prompts, "vertical-slash:" + budget.replace("/", ","), coverage)
+        attention = attention_of(budget)
+        published, source = PUBLISHED_KL.get((num_tokens, budget)), "published, to 4 digits"
+        if published is not None:
+            published += ROUNDING
+        for coverage in sorted(coverages) if attention.startswith("vertical-slash:") else ["tiles"]:  # parity first
+            sparse, seconds = prefill(pack, prompts, attention, coverage)
             kept = passes(sparse, answers)
             lost = sum(d and not s for d, s in zip(passed, kept))
             case = f"{name}, {budget}" + ("" if coverage == "tiles" else f", {coverage}")
             checks.equal(f"{case}: prompts that dense alone passes", lost, 0,
                          f"{sum(kept)} of {len(prompts)} passed, {seconds:.2f} s a prompt")
             divergence = float(numpy.mean([oracle.divergence(d, s) for d, s in zip(dense, sparse)]))
-            if (num_tokens, budget) in PUBLISHED_KL:
-                published = PUBLISHED_KL[num_tokens, budget]
-                bound = max(1.5 * (published + ROUNDING), 2 * noise)
-                checks.at_most(f"{case}: KL", divergence, bound, f"published {published}, to 4 digits")
+            if coverage == "parity" or published is None:
+                checks.info(f"{case}: KL", divergence, "the published kernels' pairs" if coverage == "parity" else "no figure to hold it against")
+                published, source = divergence, "that of the published kernels' pairs"
             else:
-                checks.info(f"{case}: KL", divergence, "there is no published figure")
+                checks.at_most(f"{case}: KL", divergence, max(1.5 * published, 2 * noise), f"{source}: {published:.3g}")
+
+
+def attention_of(budget):
+    """V/S of vertical-slash, or another pattern with slashes for its commas."""
+    return (budget if ":" in budget else f"vertical-slash:{budget}").replace("/", ",")
 
 
 def prefill(pack, prompts, attention, coverage="tiles", ranks=None, mesh=None):

@@ -50,7 +50,8 @@ def parse_arguments():
     parser.add_argument("--goldens", metavar="NAME,...", help="some models only: folders of golden/ and models/")
     parser.add_argument("--needle", metavar="TOKENS=PROMPTS,...", help="lengths and prompts of the section needle")
     parser.add_argument("--spread", metavar="TOKENS=PROMPTS,...", help="lengths and prompts of the section spread")
-    parser.add_argument("--budgets", metavar="V/S,...", default="1000/6096,3500/100,500/700")
+    parser.add_argument("--budgets", metavar="V/S,...", default="1000/6096,3500/100,500/700",
+                        help="of the section needle; another pattern as NAME:A/B")
     parser.add_argument("--coverage", metavar="COVERAGE,...", default="tiles",
                         help="of the sparse runs of the section needle: tiles (default), parity (the published kernels'), or both")
     parser.add_argument("--two-dense", metavar="TOKENS,...",

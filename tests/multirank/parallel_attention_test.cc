@@ -30,7 +30,7 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
                                  const Mesh& mesh, std::span<const HeadPattern> patterns,
                                  const std::function<bool()>& should_stop = {},
                                  int64_t predicted_over_real_pairs = 1, int64_t round_bytes = 0) {
-  const ShardPlan plan(mesh, prompt.num_tokens);
+  const ShardPlan plan = prompt.Plan(mesh);
   LF_ASSIGN_OR_RETURN(const auto backend, RankBackend(backend_name, host.rank()));
   LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *backend));
   const RankPrompt mine(prompt, plan, host.rank(), *backend);
@@ -58,6 +58,9 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
   MemoryResource& memory = backend->memory();
   const int64_t before = memory.bytes_in_use();
   memory.ResetPeak();
+  if (ParallelAttention::BeginsEarly(mesh)) {
+    LF_RETURN_IF_ERROR(attention->Begin(plan, {.k = params.k, .v = params.v}));
+  }
   LF_ASSIGN_OR_RETURN(outcome.stats, attention->Run(plan, params));
   EXPECT_EQ(memory.peak_bytes() - before,
             ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan, round_bytes));
@@ -92,6 +95,7 @@ class ParallelAttentionTest : public RankBackendTest {
   // round_bytes: of ParallelAttentionOptions, on the meshes.
   void ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
                            int64_t round_bytes = 0);
+  void ExpectWhatWasBegunIsGivenUp(const Prompt& prompt, const Mesh& mesh, Communicator& host);
 };
 
 void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
@@ -103,7 +107,7 @@ void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<
   const int64_t width = prompt.geometry.num_q_heads * prompt.geometry.head_dim;
   for (const int size : Sizes()) {
     for (const Mesh& mesh : Factorisations(size)) {
-      const ShardPlan plan(mesh, prompt.num_tokens);
+      const ShardPlan plan = prompt.Plan(mesh);
       OnEveryRank(size, [&](Communicator& world) {
         SCOPED_TRACE(testing::Message()
                      << prompt.num_tokens << " tokens, mesh " << ToString(mesh) << ", rank " << world.rank());
@@ -150,6 +154,17 @@ TEST_P(ParallelAttentionTest, EqualsOneRankInRoundsOfOneKvHead) {
   std::vector<HeadPattern> patterns;
   for (size_t h = 0; h < 10; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
   ExpectEqualsOneRank(Prompt(MakeGeometry(10, 5), 700, 21), patterns, /*round_bytes=*/1);
+}
+
+TEST_P(ParallelAttentionTest, EqualsOneRankWithLongerDealtBlocks) {
+  const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 120}, BlockSparse{3}, BlockShare{3, 0.1}};
+  uint32_t seed = 30;
+  for (const auto& [deal_block, num_tokens] : {std::pair{256, 1337}, {512, 2100}, {1024, 700}}) {
+    Prompt prompt(MakeGeometry(4, 2), num_tokens, ++seed);
+    prompt.deal_block = deal_block;
+    ExpectEqualsOneRank(prompt, kinds);
+    ExpectEqualsOneRank(prompt, kinds, /*round_bytes=*/1);
+  }
 }
 
 TEST_P(ParallelAttentionTest, EqualsOneRankForMixedPatternsAndEveryHeadRatio) {
@@ -329,6 +344,59 @@ TEST_P(ParallelAttentionTest, LongLaunchesAreCutAndStopBetweenTwoOfThem) {
   EXPECT_EQ(asked, 5);
 }
 
+// What was begun and is given up, or is not what then runs, leaves memory and group as they were.
+void ParallelAttentionTest::ExpectWhatWasBegunIsGivenUp(const Prompt& prompt, const Mesh& mesh,
+                                                        Communicator& host) {
+  const ShardPlan plan = prompt.Plan(mesh);
+  LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), host.rank()));
+  LF_ASSERT_OK_AND_ASSIGN(const auto world, DeviceWorld(GetParam(), host, *backend));
+  const RankPrompt mine(prompt, plan, host.rank(), *backend);
+  LF_ASSERT_OK_AND_ASSIGN(const auto attention,
+                          ParallelAttention::Create(*backend, *world, mesh, prompt.geometry));
+  LF_ASSERT_OK_AND_ASSIGN(SparseIndexBuilder builder,
+                          SparseIndexBuilder::Create(*backend, *world, prompt.geometry, Coverage::kTiles));
+  LF_ASSERT_OK_AND_ASSIGN(const LayerIndex index, builder.Build(plan, mine.View(mine.q), mine.View(mine.k),
+                                                                std::vector<HeadPattern>(4, Dense{})));
+  const Buffer out = mine.Upload(std::vector<float>(mine.num_rows * 4 * mine.width, NAN));
+  ParallelAttentionParams params;
+  params.q = mine.View(mine.q);
+  params.k = mine.View(mine.k);
+  params.v = mine.View(mine.v);
+  params.indices = index.heads;
+  params.pairs = index.pairs;
+  params.out = out.data();
+  LF_ASSERT_OK(backend->stream().Sync());
+  const int64_t before = backend->memory().bytes_in_use();
+  LF_EXPECT_OK(attention->Drop());  // nothing was begun
+  for (const bool other_keys : {false, true}) {
+    LF_ASSERT_OK(attention->Begin(plan, {.k = params.k, .v = params.v}));
+    EXPECT_GT(backend->memory().bytes_in_use(), before);
+    if (other_keys) {
+      params.k = mine.View(mine.v);
+      EXPECT_THAT(attention->Run(plan, params).status(),
+                  StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("something else was begun")));
+      params.k = mine.View(mine.k);
+    } else {
+      LF_ASSERT_OK(attention->Drop());
+    }
+    EXPECT_EQ(backend->memory().bytes_in_use(), before);
+  }
+  LF_ASSERT_OK(attention->Run(plan, params).status());
+  const std::vector<float> alone = mine.Download(out);
+  LF_ASSERT_OK(attention->Begin(plan, {.k = params.k, .v = params.v}));
+  LF_ASSERT_OK(attention->Run(plan, params).status());
+  EXPECT_EQ(mine.Download(out), alone);
+  EXPECT_EQ(backend->memory().bytes_in_use(), before);
+}
+
+TEST_P(ParallelAttentionTest, WhatWasBegunIsGivenUp) {
+  const Prompt prompt(MakeGeometry(4, 2), 700, 8);
+  for (const int size : Sizes()) {
+    const Mesh mesh{size, 1};
+    if (!ParallelAttention::BeginsEarly(mesh)) continue;
+    OnEveryRank(size, [&](Communicator& host) { ExpectWhatWasBegunIsGivenUp(prompt, mesh, host); });
+  }
+}
 TEST_P(ParallelAttentionTest, WrongPlanOnOneRankIsTheSameErrorOnAll) {
   const AttentionGeometry geometry = MakeGeometry(2, 1);
   for (const int size : Sizes()) {

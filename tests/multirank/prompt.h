@@ -34,8 +34,13 @@ struct Prompt {
     }
   }
 
+  ShardPlan Plan(const Mesh& mesh) const {
+    return deal_block > 0 ? ShardPlan(mesh, num_tokens, deal_block) : ShardPlan(mesh, num_tokens);
+  }
+
   AttentionGeometry geometry;
   int64_t num_tokens = 0;
+  int64_t deal_block = 0;      // 0: that of its length
   std::vector<float> q, k, v;  // [heads, num_tokens, head_dim], values that bfloat16 holds exactly
   RotaryParams query_rotary;   // where dual chunks split it
 

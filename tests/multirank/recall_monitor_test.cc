@@ -26,7 +26,7 @@ struct Outcome {
 absl::StatusOr<Outcome> WatchOn(const std::string& backend_name, Communicator& host, const Prompt& prompt,
                                 const Mesh& mesh, std::span<const HeadPattern> patterns, int64_t window,
                                 int64_t round_bytes) {
-  const ShardPlan plan(mesh, prompt.num_tokens);
+  const ShardPlan plan = prompt.Plan(mesh);
   LF_ASSIGN_OR_RETURN(const auto backend, RankBackend(backend_name, host.rank()));
   LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *backend));
   const RankPrompt mine(prompt, plan, host.rank(), *backend);
@@ -179,6 +179,13 @@ TEST_P(RecallMonitorTest, IsRelativeToTheWindowOfTheModel) {
   ExpectTheDefinition(prompt, patterns, /*window=*/200);
 }
 
+TEST_P(RecallMonitorTest, HoldsWithLongerDealtBlocks) {
+  Prompt prompt(MakeGeometry(4, 2), 1100, 47);
+  prompt.deal_block = 256;
+  ExpectTheDefinition(
+      prompt, std::vector<HeadPattern>{AShape{7, 70}, VerticalSlash{40, 60}, Dense{}, BlockShare{3, 0.1}});
+}
+
 TEST_P(RecallMonitorTest, HoldsInRoundsOfOneKvHead) {
   const Prompt prompt(MakeGeometry(6, 3), 520, 62);
   ExpectTheDefinition(prompt, std::vector<HeadPattern>(6, VerticalSlash{30, 60}), 0, /*round_bytes=*/1);
@@ -195,7 +202,7 @@ TEST_P(RecallMonitorTest, SomeHeadsAreComputedAloneAndOthersStay) {
         for (const int64_t round_bytes : {0, 1}) {
           OnEveryRank(size, [&](Communicator& host) {
             SCOPED_TRACE(absl::StrCat("mesh ", ToString(mesh), ", ", heads.size(), " heads"));
-            const ShardPlan plan(mesh, prompt.num_tokens);
+            const ShardPlan plan = prompt.Plan(mesh);
             LF_ASSERT_OK_AND_ASSIGN(const auto backend, RankBackend(GetParam(), host.rank()));
             LF_ASSERT_OK_AND_ASSIGN(const auto world, DeviceWorld(GetParam(), host, *backend));
             const RankPrompt mine(prompt, plan, host.rank(), *backend);

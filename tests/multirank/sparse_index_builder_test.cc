@@ -80,7 +80,7 @@ absl::StatusOr<HostLayer> BuildOn(const std::string& backend_name, Communicator&
     LF_ASSIGN_OR_RETURN(limited, RankBackend(backend_name, host.rank(), memory_limit_bytes));
   }
   LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *limited));
-  const ShardPlan plan(mesh, prompt.num_tokens);
+  const ShardPlan plan = prompt.Plan(mesh);
   const RankPrompt mine(prompt, plan, host.rank(), *backend);
   MemoryResource& memory = limited->memory();
   const int64_t before = memory.bytes_in_use();
@@ -155,6 +155,16 @@ TEST_P(DistributedIndex, IsTheSameBitForBitOnEveryMesh) {
       ExpectSameOnEveryMesh(prompt, seed % 2 == 0 ? Coverage::kTiles : Coverage::kParity,
                             MixedPatterns(geometry.num_q_heads));
     }
+  }
+}
+
+TEST_P(DistributedIndex, IsTheSameWithLongerDealtBlocks) {
+  uint32_t seed = 60;
+  for (const auto& [deal_block, num_tokens] :
+       {std::pair{256, 130}, {256, 1337}, {512, 1025}, {512, 3000}, {1024, 2048}}) {
+    Prompt prompt(MakeGeometry(7, 1), num_tokens, ++seed);
+    prompt.deal_block = deal_block;
+    ExpectSameOnEveryMesh(prompt, seed % 2 == 0 ? Coverage::kTiles : Coverage::kParity, MixedPatterns(7));
   }
 }
 
@@ -261,6 +271,16 @@ TEST_P(DistributedIndex, DualChunksAreTheSameBitForBitOnEveryMesh) {
     ExpectSameOnEveryMesh(DualChunkPrompt(MakeGeometry(4, 2), {448, 64}, num_tokens, ++seed),
                           Coverage::kTiles, patterns);
   }
+}
+
+TEST_P(DistributedIndex, DualChunksHoldWholeDealtBlocks) {
+  DualChunkPrompt prompt(MakeGeometry(2, 1), {448, 64}, 1000, 3);
+  prompt.deal_block = 256;  // chunks are of 384
+  const auto single = CreateSingleCommunicator();
+  EXPECT_THAT(BuildOn(GetParam(), *single, prompt, {1, 1}, Coverage::kTiles,
+                      std::vector<HeadPattern>(2, VerticalSlash{40, 60}))
+                  .status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("dealt blocks of 256")));
 }
 
 TEST_P(DistributedIndex, DualChunksRefuseOtherPatternsByName) {

@@ -22,10 +22,10 @@ __device__ __forceinline__ void Produce(const attention::Args& args, SharedMemor
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kPlannerWarp) {
     TilePlanner<ShapeOf>(args, shared).Run();
-  } else if (warp == kLoaderWarp) {
-    if (attention::Lane() == 0) ConsecutiveLoader<ShapeOf>(args, shared).Run();
-  } else {
-    GatherLoader<ShapeOf>(args, warp - kGatherWarp, shared).Run();
+  } else if (warp == kKeyWarp) {
+    SlotLoader<ShapeOf, KeysOf<ShapeOf>>(args, shared).Run();
+  } else if (warp == kValueWarp) {
+    SlotLoader<ShapeOf, ValuesOf<ShapeOf>>(args, shared).Run();
   }
 }
 

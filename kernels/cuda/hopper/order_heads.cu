@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/hopper/slot.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/sparse/sparse_index.h"
 
@@ -11,8 +12,6 @@ namespace {
 using attention::Args;
 using attention::HeadEntry;
 using attention::SequenceEntry;
-
-constexpr int kSlotKeys = 64;
 
 // Keys that a head's tiles of a sequence bring, about: to compare heads by.
 __device__ int64_t WorkOf(const IndexView& index, const SequenceEntry& sequence) {

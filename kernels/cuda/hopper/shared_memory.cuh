@@ -6,8 +6,9 @@
 // Slots are numbered from the start of the thread block, a tile's kEnd included. Slot n has place n % kStages
 // in the rings of K and V, and K and V of a place each a barrier `full` (it was brought) and one `empty` (all
 // consumers are done with it). Everybody takes the slots in the order of their numbers, waits for each and
-// arrives at its barriers, also for one that is not his to bring or to multiply: a barrier tells only two
-// phases apart, so nobody may be more than one ahead or behind.
+// arrives at its barriers, also for one that is nothing to bring or to multiply: a barrier tells only two
+// phases apart, so nobody may be more than one ahead or behind. K runs ahead of V by as much as its ring is
+// emptied sooner.
 
 #include <cstdint>
 
@@ -30,16 +31,16 @@ struct Shape {
   static constexpr int kStages = (96 << 10) / kSlotBytes;
 };
 
-// Warps of the producer warpgroup, then two consumer warpgroups, one for each half of the tile.
+// Warps of the producer warpgroup, whose fourth has nothing to do, then two consumer warpgroups, one for each
+// half of the tile.
 inline constexpr int kPlannerWarp = 0;
-inline constexpr int kLoaderWarp = 1;
-inline constexpr int kGatherWarp = 2;
-inline constexpr int kNumGatherWarps = 2;
-// The loaders: the thread of the copy engine, and each lane that gathers.
-inline constexpr int kLoaderThreads = 1 + 32 * kNumGatherWarps;
+inline constexpr int kKeyWarp = 1;
+inline constexpr int kValueWarp = 2;
+// Of a loader, at the barrier of a place: one for each lane's copies, and the first lane's own.
+inline constexpr int kFullArrivals = 33;
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerWarps = 8;
-// A consumer's warp gives back what it has read by one arrival, after a warp barrier. racecheck does not
+// A warp gives back what it has read by one arrival, after a warp barrier. racecheck does not
 // follow that: in a build for it each lane arrives.
 #ifdef LONGFILL_HOPPER_EACH_LANE_ARRIVES
 inline constexpr bool kEachLaneArrives = true;
@@ -47,6 +48,7 @@ inline constexpr bool kEachLaneArrives = true;
 inline constexpr bool kEachLaneArrives = false;
 #endif
 inline constexpr int kConsumerArrivals = kConsumerWarps * (kEachLaneArrives ? 32 : 1);
+inline constexpr int kLoaderArrivals = 2 * (kEachLaneArrives ? 32 : 1);
 inline constexpr int kThreads = 3 * kWarpgroupThreads;
 // The launch gives 168 to each of the 3 * 128 threads; these are dealt anew.
 inline constexpr int kConsumerRegisters = 224;
@@ -55,10 +57,11 @@ static_assert(2 * kConsumerRegisters + kProducerRegisters <= 3 * 168);
 
 inline constexpr int kBatches = 4;
 inline constexpr int kTasks = 2;
-// Slots that consumers may look at; more than are on their way.
-inline constexpr int kSlotRing = 16;
 // A consumer does not wait for a slot so far beyond one that it still holds.
 inline constexpr int kReach = 6;
+// Slots that consumers may look at: when slot n is written down, its place of K was given back for slot
+// n - kStages, and who has done so holds slots less than kReach before that one.
+inline constexpr int kSlotRing = 32;
 // The planner waits for chunks of the gather ring only beyond those that a consumer may hold.
 static_assert(kGatherChunks - kGatherRoomChunks > kReach);
 
@@ -71,7 +74,7 @@ struct Task {
 template <typename ShapeOf>
 struct alignas(1024) SharedMemory {
   static constexpr int kStages = ShapeOf::kStages;
-  static_assert(kStages >= kReach && kStages < kSlotRing);
+  static_assert(kStages >= kReach && kStages + kReach <= kSlotRing);
 
   char k[kStages][ShapeOf::kSlotBytes];
   char v[kStages][ShapeOf::kSlotBytes];
@@ -94,14 +97,14 @@ struct alignas(1024) SharedMemory {
 template <typename ShapeOf>
 __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
   for (int i = 0; i < ShapeOf::kStages; ++i) {
-    InitBarrier(&shared->k_full[i], kLoaderThreads);
-    InitBarrier(&shared->v_full[i], kLoaderThreads);
+    InitBarrier(&shared->k_full[i], kFullArrivals);
+    InitBarrier(&shared->v_full[i], kFullArrivals);
     InitBarrier(&shared->k_empty[i], kConsumerArrivals);
     InitBarrier(&shared->v_empty[i], kConsumerArrivals);
   }
   for (int i = 0; i < kBatches; ++i) {
     InitBarrier(&shared->batch_full[i], 32);
-    InitBarrier(&shared->batch_empty[i], kLoaderThreads);
+    InitBarrier(&shared->batch_empty[i], kLoaderArrivals);
   }
   for (int i = 0; i < kTasks; ++i) {
     InitBarrier(&shared->task_full[i], 32);

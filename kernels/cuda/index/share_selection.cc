@@ -95,7 +95,7 @@ absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(Check(params));
   const int64_t num_tiles = (params.num_rows + TileRows(params.head_dim) - 1) / TileRows(params.head_dim);
-  const int64_t row_blocks = (params.num_rows + kRowBlock - 1) / kRowBlock;
+  const int64_t row_blocks = RowBlocksOf(params.num_rows);
   for (int64_t head = 0; head < params.num_heads; head += kMaxShareHeads) {
     ShareSelectionArgs args;
     args.q = Advance(params.q.data, head * params.q.head_stride, compute_dtype);

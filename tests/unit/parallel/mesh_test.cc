@@ -9,15 +9,19 @@ using testing::HasSubstr;
 
 constexpr int kSizes[] = {1, 2, 3, 4, 5, 8};
 constexpr int64_t kLengths[] = {0, 1, 63, 64, 127, 128, 129, 256, 1000, 1337, 5000};
+constexpr int64_t kDealBlocks[] = {0, 256, 1024};  // 0: that of the length
 
 template <typename Body>
 void ForEachPlan(const Body& body) {
   for (const int sequence : kSizes) {
     for (const int head : kSizes) {
       for (const int64_t length : kLengths) {
-        SCOPED_TRACE(testing::Message()
-                     << "sequence " << sequence << " head " << head << " tokens " << length);
-        body(ShardPlan({sequence, head}, length));
+        for (const int64_t deal_block : kDealBlocks) {
+          SCOPED_TRACE(testing::Message() << "sequence " << sequence << " head " << head << " tokens "
+                                          << length << " dealt in " << deal_block);
+          const Mesh mesh{sequence, head};
+          body(deal_block > 0 ? ShardPlan(mesh, length, deal_block) : ShardPlan(mesh, length));
+        }
       }
     }
   }
@@ -89,8 +93,8 @@ TEST(ShardPlan, GroupRowsAreTheMembersTokensInAscendingOrder) {
         ASSERT_LT(last, position);
         last = position;
         ASSERT_EQ(plan.SequenceIndex(plan.RankOfToken(position)), s);
-        // Token block g of the group is block g / head of member g % head.
-        ASSERT_EQ(plan.HeadIndex(plan.RankOfToken(position)), row / kTokenBlock % plan.mesh().head);
+        // Dealt block g of the group is block g / head of member g % head.
+        ASSERT_EQ(plan.HeadIndex(plan.RankOfToken(position)), row / plan.deal_block() % plan.mesh().head);
       }
     }
     ASSERT_EQ(all, plan.num_tokens());
@@ -114,9 +118,25 @@ TEST(ShardPlan, RankZeroHoldsTheMostTokensAndNobodyMoreThanABlockLess) {
   ForEachPlan([](const ShardPlan& plan) {
     for (int rank = 0; rank < plan.mesh().size(); ++rank) {
       EXPECT_LE(plan.NumTokens(rank), plan.NumTokens(0));
-      EXPECT_LE(plan.NumTokens(0) - plan.NumTokens(rank), kTokenBlock);
+      EXPECT_LE(plan.NumTokens(0) - plan.NumTokens(rank), plan.deal_block());
     }
   });
+}
+
+TEST(ShardPlan, BlocksAreAsLongAsLeavesEveryRankEnoughOfThem) {
+  const auto block = [](int ranks, int64_t num_tokens) {
+    return ShardPlan({ranks, 1}, num_tokens).deal_block();
+  };
+  EXPECT_EQ(block(2, 2 * 2 * 128 * 128 - 1), 128);
+  EXPECT_EQ(block(2, 2 * 2 * 128 * 128), 256);
+  EXPECT_EQ(block(8, 131072), 128);
+  EXPECT_EQ(block(8, 1 << 20), 1024);
+  EXPECT_EQ(block(16, 1 << 20), 512);
+  EXPECT_EQ(block(1, int64_t{1} << 30), 1024);
+  EXPECT_EQ(ShardPlan({2, 4}, 1 << 19).deal_block(), 512);
+  const ShardPlan prefix = ShardPlan({8, 1}, 1 << 20).Prefix(1000);
+  EXPECT_EQ(prefix.deal_block(), 1024);
+  EXPECT_EQ(prefix.num_tokens(), 1000);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <variant>
 
 #include "kernels/sparse/coverage.h"
 #include "models/search/calibration.h"
@@ -16,21 +17,28 @@ namespace {
 using ::testing::HasSubstr;
 
 constexpr int64_t kTokens = 1024;
-const std::vector<std::vector<int32_t>> kSamples = {PromptOf(kTokens, 11), PromptOf(700, 5)};
-const HeadPattern kReference = VerticalSlash{64, 400};
+std::vector<std::vector<int32_t>> Samples() { return {PromptOf(kTokens, 11), PromptOf(700, 5)}; }
+constexpr HeadPattern kReference = VerticalSlash{64, 400};
 
-// Pairs cost the same in every family, so that costs can be checked by hand.
+// Pairs cost the same in every family, so that costs can be checked by hand; `a_shape` times as much in
+// those.
+void AddPairCosts(const std::vector<HeadPattern>& families, int64_t num_tokens, double a_shape,
+                  CostTable* table) {
+  const auto all = static_cast<double>(CausalPairs(num_tokens));
+  table->Add({Dense(), num_tokens, {{1, all, all, 0}}});
+  for (const HeadPattern& family : families) {
+    CostCurve curve{.family = family, .num_tokens = num_tokens};
+    const double factor = std::holds_alternative<AShape>(family) ? a_shape : 1;
+    for (const double scale : {0.0625, 0.125, 0.25, 0.5, 1.0, 2.0}) {
+      curve.points.push_back({scale, all * scale / 2, factor * all * scale / 2, 0});
+    }
+    table->Add(curve);
+  }
+}
+
 CostTable PairTable(const SmallModel& model, const std::vector<HeadPattern>& families) {
   CostTable table(TableDeviceOf(model.view(), Coverage::kTiles));
-  const auto all = static_cast<double>(CausalPairs(kTokens));
-  table.Add({Dense(), kTokens, {{1, all, all, 0}}});
-  for (const HeadPattern& family : families) {
-    CostCurve curve{.family = family, .num_tokens = kTokens};
-    for (const double scale : {0.0625, 0.125, 0.25, 0.5, 1.0, 2.0}) {
-      curve.points.push_back({scale, all * scale / 2, all * scale / 2, 0});
-    }
-    table.Add(curve);
-  }
+  AddPairCosts(families, kTokens, 1, &table);
   return table;
 }
 
@@ -38,14 +46,14 @@ SearchOptions Options() {
   return {.families = {kReference, AShape{64, 256}, BlockShare{2, 0.1}},
           .budgets = {0.25, 0.5, 1},
           .reference = kReference,
-          .target_tokens = kTokens,
+          .target_lengths = {kTokens},
           .time_share = 0.5};
 }
 
 absl::StatusOr<SearchResult> Search(const SearchOptions& options) {
   const SmallModel model;
   const auto world = CreateSingleCommunicator();
-  return SearchPatterns(model.view(), kSamples, PairTable(model, options.families), options, *world,
+  return SearchPatterns(model.view(), Samples(), PairTable(model, options.families), options, *world,
                         {.sample = SmallPass()});
 }
 
@@ -67,7 +75,7 @@ TEST(PatternSearch, CandidatesTakeEqualTimeByTheTable) {
   options.budgets = {};
   LF_ASSERT_OK_AND_ASSIGN(const auto given, BalanceCandidates(table, options));
   EXPECT_EQ(given.size(), 3U);
-  options.target_tokens = 2 * kTokens;
+  options.target_lengths = {2 * kTokens};
   EXPECT_THAT(BalanceCandidates(table, options).status(),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("2048 is beyond")));
 }
@@ -93,7 +101,7 @@ TEST(PatternSearch, RecallIsThatOfTheEvaluation) {
   const SmallModel model;
   const std::vector<PatternSet> sets = {result.patterns, PatternSet::Uniform(kReference, 3, 4)};
   LF_ASSERT_OK_AND_ASSIGN(const auto judged,
-                          EvaluatePatterns(model.view(), kSamples, sets, {.pass = SmallPass()}));
+                          EvaluatePatterns(model.view(), Samples(), sets, {.pass = SmallPass()}));
   EXPECT_NEAR(judged[0].recall, result.totals.recall, 1e-9);
   EXPECT_NEAR(judged[0].error, result.totals.error, 1e-9);
   EXPECT_NEAR(judged[1].recall, result.reference.recall, 1e-9);
@@ -139,9 +147,37 @@ TEST(PatternSearch, EachValueIsServedBestByItself) {
   EXPECT_GE(end_value(by_end), end_value(by_recall) - 1e-9);
 }
 
-TEST(PatternSearch, TheLengthThatCountsIsOneOfTheSamples) {
+// A-shapes are dear in the shorter sample and cheap in the longer one, so that the longer one alone chooses
+// them.
+TEST(PatternSearch, TheTimeHoldsAtEveryTargetLength) {
+  const SmallModel model;
   SearchOptions options = Options();
-  options.target_tokens = 512;
+  const auto shorter = static_cast<int64_t>(Samples()[1].size());
+  CostTable table(TableDeviceOf(model.view(), Coverage::kTiles));
+  AddPairCosts(options.families, kTokens, 0.5, &table);
+  AddPairCosts(options.families, shorter, 8, &table);
+  const auto world = CreateSingleCommunicator();
+  const auto search = [&] {
+    return SearchPatterns(model.view(), Samples(), table, options, *world, {.sample = SmallPass()});
+  };
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult of_one, search());
+  ASSERT_EQ(of_one.lengths.size(), 1U);
+  EXPECT_NEAR(of_one.lengths[0].seconds, of_one.totals.seconds, 1e-9 * of_one.totals.seconds);
+  options.target_lengths = {shorter, kTokens};
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult of_both, search());
+  ASSERT_EQ(of_both.lengths.size(), 2U);
+  for (const SearchSeconds& length : of_both.lengths) {
+    EXPECT_LE(length.seconds, 0.5 * length.reference * (1 + 1e-12)) << length.num_tokens;
+    EXPECT_LE(length.seconds / length.reference,
+              of_both.totals.seconds / of_both.reference.seconds * (1 + 1e-12))
+        << length.num_tokens;
+  }
+  EXPECT_NE(of_both.patterns, of_one.patterns);
+}
+
+TEST(PatternSearch, LengthsThatCountAreThoseOfSamples) {
+  SearchOptions options = Options();
+  options.target_lengths = {512, kTokens};
   EXPECT_THAT(Search(options).status(),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("512 tokens")));
 }
@@ -151,7 +187,7 @@ TEST(Calibration, MeasuresEveryFamilyAtEveryLength) {
   const std::vector<HeadPattern> families = {kReference, AShape{64, 256}};
   int64_t last_done = 0, last_total = 0;
   LF_ASSERT_OK_AND_ASSIGN(const CostTable table,
-                          MeasureCosts(model.view(), kSamples,
+                          MeasureCosts(model.view(), Samples(),
                                        {.families = families,
                                         .num_layers = 2,
                                         .runs = 1,
