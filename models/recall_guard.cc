@@ -53,6 +53,12 @@ HeadPattern SeesAllPattern(int64_t window, int64_t num_tokens) {
   return BoundByWindow(Dense{}, window, num_tokens);
 }
 
+bool SomeLeaveOutKeys(std::span<const HeadPattern> patterns, int64_t window, int64_t num_tokens) {
+  const HeadPattern all_keys = SeesAllPattern(window, num_tokens);
+  return std::any_of(patterns.begin(), patterns.end(),
+                     [&](const HeadPattern& pattern) { return pattern != all_keys; });
+}
+
 bool SeesAllKeys(const HeadPattern& pattern, const PairCounts& pairs, int64_t window, int64_t num_tokens) {
   return pattern == SeesAllPattern(window, num_tokens) || pairs.covered == CausalPairs(num_tokens);
 }

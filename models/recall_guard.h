@@ -50,6 +50,8 @@ inline constexpr int64_t kBudgetFactors[] = {2, 4};
 HeadPattern WidenedPattern(const HeadPattern& pattern, int64_t factor, int64_t window, int64_t num_tokens);
 // Dense, bounded by the window of the layer.
 HeadPattern SeesAllPattern(int64_t window, int64_t num_tokens);
+// Whether some head of a layer is another pattern than that: such a layer is watched.
+bool SomeLeaveOutKeys(std::span<const HeadPattern> patterns, int64_t window, int64_t num_tokens);
 
 // Heads whose recall is 1 by definition: all keys that the model lets them see are covered.
 bool SeesAllKeys(const HeadPattern& pattern, const PairCounts& pairs, int64_t window, int64_t num_tokens);

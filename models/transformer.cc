@@ -165,9 +165,8 @@ absl::Status Transformer::Project(const LayerWeights& layer, Projected what,
 
 bool Transformer::IsWatched(int64_t layer, std::span<const HeadPattern> patterns,
                             const LayerParallelism& parallel) const {
-  const HeadPattern all_keys = SeesAllPattern(config_.WindowOf(layer), plan_.num_tokens());
   return parallel.recall != nullptr &&
-         !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) { return pattern == all_keys; });
+         SomeLeaveOutKeys(patterns, config_.WindowOf(layer), plan_.num_tokens());
 }
 
 absl::Status Transformer::Attend(int64_t layer, std::span<const HeadPattern> patterns,

@@ -30,11 +30,12 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   const Mesh mesh = plan.mesh();
   head_exchange = mesh.head > 1;
   sequence_exchange = mesh.sequence > 1;
+  const bool exchanges = head_exchange || sequence_exchange;
   padded_tokens = TokenBlocksOf(plan.num_tokens()) * kTokenBlock;
   const int64_t group_rows = plan.GroupNumTokens(0);  // the largest
   const int64_t row_bytes = geometry.head_dim * DTypeBytes(kernels.compute_dtype());
-  const int64_t rows_per_kv = (head_exchange || sequence_exchange ? 2 * padded_tokens : 0) +
-                              (head_exchange ? 2 * geometry.q_per_kv() * group_rows : 0);
+  const int64_t rows_per_kv =
+      (exchanges ? 2 * padded_tokens : 0) + (head_exchange ? 2 * geometry.q_per_kv() * group_rows : 0);
   const int64_t head_bytes_received = std::max<int64_t>(1, rows_per_kv * row_bytes);
   if (round_bytes == 0)
     round_bytes = RoundBytes(kernels.device(), head_bytes_received * geometry.num_kv_heads);
@@ -51,7 +52,6 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
   key_slice = std::clamp<int64_t>(slice_bytes / key_bytes, 1, std::max<int64_t>(1, group_blocks));
 
   one_place = kv_heads == geometry.num_kv_heads;  // one round on every rank that computes all heads
-  const bool exchanges = head_exchange || sequence_exchange;
   first_kv_heads = exchanges && !one_place ? (kv_heads + 1) / 2 : kv_heads;
   PieceLayout pieces;
   counts = pieces.Add(2 * static_cast<int64_t>(sizeof(int64_t)));
@@ -64,7 +64,7 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
       place.q = pieces.Add(q_heads * group_rows * row_bytes);
       place.out = pieces.Add(q_heads * group_rows * row_bytes);
     }
-    if (head_exchange || sequence_exchange) {
+    if (exchanges) {
       place.all_k = pieces.Add(kv_heads * padded_tokens * row_bytes);
       place.all_v = pieces.Add(kv_heads * padded_tokens * row_bytes);
     }
@@ -73,7 +73,7 @@ AttentionLayout::AttentionLayout(const KernelSet& kernels, const AttentionGeomet
     group_k = pieces.Add(kv_heads * group_rows * row_bytes);
     group_v = pieces.Add(kv_heads * group_rows * row_bytes);
   }
-  if (head_exchange || sequence_exchange) {
+  if (exchanges) {
     const int64_t staging_bytes =
         std::max(head_exchange ? head_slice * head_bytes : 0, sequence_exchange ? key_slice * key_bytes : 0);
     send = pieces.Add(staging_bytes);

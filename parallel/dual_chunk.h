@@ -18,6 +18,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 #include "kernels/api/kernel_set.h"
 #include "kernels/base/status.h"
@@ -52,6 +53,9 @@ struct DualChunk {
 // Unimplemented naming the first pattern whose selection is not defined over dual chunks, or the coverage
 // where what the public kernels cover there is another thing.
 absl::Status CheckDualChunkPatterns(std::span<const HeadPattern> patterns, Coverage coverage);
+
+// InvalidArgument, by `what`, if chunks split the prompt and a dealt block may lie in two of them.
+absl::Status CheckDualChunkDeal(std::string_view what, const DualChunk& dual_chunk, const ShardPlan& plan);
 
 // Queries of one chunk.
 struct ChunkQueries {

@@ -652,12 +652,7 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
                                                    params.pairs.size(), " pair counts for ", heads,
                                                    " query heads in ", chunks, " chunks"));
   }
-  if (geometry.dual_chunk.Splits(plan.num_tokens()) &&
-      geometry.dual_chunk.chunk_len() % plan.deal_block() != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("attention: dual chunks of ", geometry.dual_chunk.chunk_len(),
-                     " tokens do not hold whole dealt blocks of ", plan.deal_block()));
-  }
+  LF_RETURN_IF_ERROR(CheckDualChunkDeal("attention", geometry.dual_chunk, plan));
   if (geometry.dual_chunk.Splits(plan.num_tokens()) && params.query_rotary.head_dim != geometry.head_dim) {
     return absl::InvalidArgumentError(absl::StrCat("attention: queries are rotated in rows of ",
                                                    params.query_rotary.head_dim, ", heads have ",

@@ -99,12 +99,8 @@ absl::Status SparseIndexBuilder::Check(const ShardPlan& plan, std::span<const He
   }
   if (geometry_.dual_chunk.Splits(plan.num_tokens())) {
     LF_RETURN_IF_ERROR(CheckDualChunkPatterns(patterns, coverage_));
-    if (const int64_t chunk_len = geometry_.dual_chunk.chunk_len(); chunk_len % plan.deal_block() != 0) {
-      return absl::InvalidArgumentError(absl::StrCat("sparse index: dual chunks of ", chunk_len,
-                                                     " tokens do not hold whole dealt blocks of ",
-                                                     plan.deal_block()));
-    }
   }
+  LF_RETURN_IF_ERROR(CheckDualChunkDeal("sparse index", geometry_.dual_chunk, plan));
   for (const HeadPattern& pattern : patterns) {
     LF_RETURN_IF_ERROR(Validate(pattern));
     if (plan.num_tokens() > kMaxScoredTokens && std::holds_alternative<VerticalSlash>(pattern)) {

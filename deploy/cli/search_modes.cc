@@ -199,9 +199,8 @@ std::string ReportText(const SearchCommandOptions& options, const SearchResult& 
   const SearchTotals& found = result.totals;
   const SearchTotals& reference = result.reference;
   std::string text = absl::StrFormat(
-      "%d candidates, %.1f s\nmean recall %.5f (%s %.5f), least %.5f (%.5f), last rows %.5f (%.5f), mean "
-      "error "
-      "%.5f (%.5f)\n",
+      "%d candidates, %.1f s\nmean recall %.5f (%s %.5f), least %.5f (%.5f), last rows %.5f (%.5f), "
+      "mean error %.5f (%.5f)\n",
       result.candidates.size(), json.at("search_seconds").get<double>(), found.recall, options.reference,
       reference.recall, found.least_recall, reference.least_recall, found.last_recall, reference.last_recall,
       found.error, reference.error);

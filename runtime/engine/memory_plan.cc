@@ -98,13 +98,11 @@ void PlanLayers(const MemoryPlanInput& input, const ShardPlan& plan, MemoryPlan*
                            window == config.WindowOf(layer - 1);
     if (as_before) continue;
     const int64_t scratch = PlanSelection(input, plan, patterns, 0, result);
-    const HeadPattern all_keys = SeesAllPattern(window, plan.num_tokens());
-    const bool watched = input.recall.on() && !std::ranges::all_of(patterns, [&](const HeadPattern& pattern) {
-                           return pattern == all_keys;
-                         });
+    const bool watched = input.recall.on() && SomeLeaveOutKeys(patterns, window, plan.num_tokens());
     PlanAttention(input, plan, watched, window, scratch, result);
     if (!watched || input.recall.min_recall == 0) continue;
     // Heads that do not fall short take the index over all keys, which they share.
+    const HeadPattern all_keys = SeesAllPattern(window, plan.num_tokens());
     const int64_t shared = SparseIndexBuilder::IndexBytes(GeometryOf(config), plan, {&all_keys, 1});
     for (const int64_t factor : kBudgetFactors) {
       std::vector<HeadPattern> wider;

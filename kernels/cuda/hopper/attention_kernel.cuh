@@ -23,9 +23,9 @@ __device__ __forceinline__ void Produce(const attention::Args& args, SharedMemor
   if (warp == kPlannerWarp) {
     TilePlanner<ShapeOf>(args, shared).Run();
   } else if (warp == kKeyWarp) {
-    SlotLoader<ShapeOf, KeysOf<ShapeOf>>(args, shared).Run();
+    SlotLoader<ShapeOf, /*kValues=*/false>(args, shared).Run();
   } else if (warp == kValueWarp) {
-    SlotLoader<ShapeOf, ValuesOf<ShapeOf>>(args, shared).Run();
+    SlotLoader<ShapeOf, /*kValues=*/true>(args, shared).Run();
   }
 }
 

@@ -8,7 +8,6 @@
 #include <cuda.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/attention/attention_args.h"
 #include "kernels/cuda/attention/mma.cuh"
@@ -18,38 +17,31 @@
 namespace longfill::cuda::hopper {
 
 // What the keys' and the values' loader differ in.
-template <typename ShapeOf>
-struct KeysOf {
-  static constexpr int kTensorMap = 0;  // of the two of a sequence
-  using TileTask = attention::TileTask<kTileRows>;
+template <typename ShapeOf, bool kValues>
+struct RowsOf {
+  static constexpr int kTensorMap = kValues ? 1 : 0;  // of the two of a sequence
   static __device__ __forceinline__ char* Place(SharedMemory<ShapeOf>& shared, uint32_t i) {
-    return shared.k[i];
+    return kValues ? shared.v[i] : shared.k[i];
   }
-  static __device__ __forceinline__ Barrier* Full(SharedMemory<ShapeOf>& shared) { return shared.k_full; }
-  static __device__ __forceinline__ Barrier* Empty(SharedMemory<ShapeOf>& shared) { return shared.k_empty; }
-  static __device__ __forceinline__ const char* Row0(const TileTask& task) { return task.k; }
+  static __device__ __forceinline__ Barrier* Full(SharedMemory<ShapeOf>& shared) {
+    return kValues ? shared.v_full : shared.k_full;
+  }
+  static __device__ __forceinline__ Barrier* Empty(SharedMemory<ShapeOf>& shared) {
+    return kValues ? shared.v_empty : shared.k_empty;
+  }
+  static __device__ __forceinline__ const char* Row0(const attention::TileTask<kTileRows>& task) {
+    return kValues ? task.v : task.k;
+  }
   static __device__ __forceinline__ int64_t RowStride(const attention::Args& args) {
-    return args.k_row_stride;
-  }
-};
-template <typename ShapeOf>
-struct ValuesOf {
-  static constexpr int kTensorMap = 1;
-  using TileTask = attention::TileTask<kTileRows>;
-  static __device__ __forceinline__ char* Place(SharedMemory<ShapeOf>& shared, uint32_t i) {
-    return shared.v[i];
-  }
-  static __device__ __forceinline__ Barrier* Full(SharedMemory<ShapeOf>& shared) { return shared.v_full; }
-  static __device__ __forceinline__ Barrier* Empty(SharedMemory<ShapeOf>& shared) { return shared.v_empty; }
-  static __device__ __forceinline__ const char* Row0(const TileTask& task) { return task.v; }
-  static __device__ __forceinline__ int64_t RowStride(const attention::Args& args) {
-    return args.v_row_stride;
+    return kValues ? args.v_row_stride : args.k_row_stride;
   }
 };
 
 // One warp. Copies announce themselves when they are complete, so that it goes on to the next slot at once.
-template <typename ShapeOf, typename RowsOf>
+template <typename ShapeOf, bool kValues>
 class SlotLoader {
+  using Rows = RowsOf<ShapeOf, kValues>;
+
  public:
   __device__ __forceinline__ SlotLoader(const attention::Args& args, SharedMemory<ShapeOf>* shared)
       : args_(args), shared_(*shared) {}
@@ -62,8 +54,9 @@ class SlotLoader {
       for (int32_t i = 0; i < count; ++i, ++number_) {
         const Slot& slot = shared_.batches[place].slots[i];
         if (slot.kind == SlotKind::kStop) return;
-        Wait(&RowsOf::Empty(shared_)[stage_.place], stage_.parity ^ 1);
-        if (kTellsSlots && IsFirst()) shared_.slots[PlaceOf<kSlotRing>(number_)] = slot;
+        Wait(&Rows::Empty(shared_)[stage_.place], stage_.parity ^ 1);
+        // What a slot is, consumers read once its keys are there.
+        if (!kValues && IsFirst()) shared_.slots[PlaceOf<kSlotRing>(number_)] = slot;
         Bring(slot);
         stage_.Next();
         if (slot.kind == SlotKind::kEnd) ++num_tiles_;
@@ -74,8 +67,6 @@ class SlotLoader {
   }
 
  private:
-  // What a slot is, consumers read once its keys are there.
-  static constexpr bool kTellsSlots = std::is_same_v<RowsOf, KeysOf<ShapeOf>>;
   static constexpr int kPieces = ShapeOf::kRowBytes / 16;  // of a row of a block
   static constexpr int kRowsAtOnce = 32 / kPieces;
 
@@ -87,8 +78,8 @@ class SlotLoader {
   // The first lane's own arrival is what releases that it has written down the slot; those of all lanes (see
   // kFullArrivals) are of what was copied.
   __device__ __forceinline__ void Bring(const Slot& slot) {
-    Barrier* const full = &RowsOf::Full(shared_)[stage_.place];
-    const uint32_t to = SharedAddress(RowsOf::Place(shared_, stage_.place));
+    Barrier* const full = &Rows::Full(shared_)[stage_.place];
+    const uint32_t to = SharedAddress(Rows::Place(shared_, stage_.place));
     if (slot.kind == SlotKind::kGathered) {
       Gather(slot, to);
       ArriveWhenCopied(full);
@@ -109,7 +100,7 @@ class SlotLoader {
     const int32_t kv_head = task().kv_head;
     const int32_t key_begin = task().tile.key_begin;
     const auto* map =
-        static_cast<const CUtensorMap*>(args_.tensor_maps) + 2 * task().sequence_number + RowsOf::kTensorMap;
+        static_cast<const CUtensorMap*>(args_.tensor_maps) + 2 * task().sequence_number + Rows::kTensorMap;
     if (map != map_) {
       AcquireTensorMap(map);
       map_ = map;
@@ -124,8 +115,8 @@ class SlotLoader {
   __device__ __forceinline__ void Gather(const Slot& slot, uint32_t to) {
     const int lane = attention::Lane();
     const int32_t* keys = shared_.ring.keys + slot.first;
-    const char* const row_0 = RowsOf::Row0(task());  // where that of the key at position 0 would be
-    const int64_t stride = RowsOf::RowStride(args_);
+    const char* const row_0 = Rows::Row0(task());  // where that of the key at position 0 would be
+    const int64_t stride = Rows::RowStride(args_);
     const int piece = lane % kPieces;
     // Any key that is given stands for one that is not there: nothing is read of it.
     const int32_t any_key = task().tile.key_begin;
