@@ -28,11 +28,11 @@ Transformer::Transformer(const ModelConfig& config, const ModelWeights& weights,
 absl::StatusOr<std::unique_ptr<Transformer>> Transformer::Create(const ModelConfig& config,
                                                                  const ModelWeights& weights,
                                                                  Backend& backend, const ShardPlan& plan,
-                                                                 int rank) {
+                                                                 int rank, MemoryResource* kv_memory) {
   LF_ASSIGN_OR_RETURN(RotaryTable rotary, BuildRotaryTable(config.rope, plan.num_tokens()));
   std::unique_ptr<Transformer> transformer(
       new Transformer(config, weights, backend, plan, rank, std::move(rotary)));
-  LF_RETURN_IF_ERROR(transformer->Allocate());
+  LF_RETURN_IF_ERROR(transformer->Allocate(kv_memory != nullptr ? *kv_memory : backend.memory()));
   return transformer;
 }
 
@@ -72,9 +72,11 @@ int64_t Transformer::PlanBytes(const ModelConfig& config, const KernelSet& kerne
   return bytes;
 }
 
-absl::Status Transformer::Allocate() {
+absl::Status Transformer::Allocate(MemoryResource& kv_memory) {
   for (const PlannedBuffer& planned : PlanBuffers(config_, kernels_, num_tokens_)) {
-    LF_ASSIGN_OR_RETURN(this->*planned.place, backend_.memory().Allocate(planned.bytes, planned.what));
+    const bool kv = planned.place == &Transformer::k_ || planned.place == &Transformer::v_;
+    MemoryResource& memory = kv ? kv_memory : backend_.memory();
+    LF_ASSIGN_OR_RETURN(this->*planned.place, memory.Allocate(planned.bytes, planned.what));
   }
   for (std::unique_ptr<Event>& event : chunk_events_) {
     LF_ASSIGN_OR_RETURN(event, backend_.NewEvent());
@@ -144,8 +146,8 @@ absl::Status Transformer::ProjectAndAttend(int64_t layer, const LayerWeights& we
   if (!early) return Attend(layer, patterns, parallel, callbacks);
   const auto sampled = IsWatched(layer, patterns, parallel) ? std::span(parallel.recall->positions())
                                                             : std::span<const int64_t>();
-  LF_RETURN_IF_ERROR(
-      parallel.attention->Begin(plan_, {.k = Heads(k_, 0), .v = Heads(v_, 0), .sampled = sampled}));
+  LF_RETURN_IF_ERROR(parallel.attention->Begin(
+      plan_, {.k = Heads(k_, 0), .v = Heads(v_, 0), .peers = parallel.peers, .sampled = sampled}));
   absl::Status status = callbacks.agree(Project(weights, Projected::kQueries, callbacks));
   if (status.ok()) status = Attend(layer, patterns, parallel, callbacks);
   const absl::Status dropped = parallel.attention->Drop();
@@ -213,6 +215,7 @@ absl::StatusOr<std::vector<float>> Transformer::AttendHeads(const LayerIndex& in
       plan_, {.q = Heads(q_, 0),
               .k = Heads(k_, 0),
               .v = Heads(v_, 0),
+              .peers = parallel.peers,
               .indices = index.heads,
               .pairs = index.pairs,
               .query_rotary = Rotary(config_.rope.rotary_dim),

@@ -60,6 +60,7 @@ struct LayerHeads {
 struct LayerParallelism {
   SparseIndexBuilder* index_builder = nullptr;
   ParallelAttention* attention = nullptr;
+  const PeerMemory* peers = nullptr;        // ParallelAttentionParams::peers: keys() and values()
   ShardedWeights* layer_weights = nullptr;  // nullptr: the weights of Create have the layers
   // Benchmarks: what attention uses instead of the index that was just built, which counts in index_seconds
   // all the same. Puts views of the backend's memory and pair counts into *index, equal on all ranks; they
@@ -103,10 +104,12 @@ class Transformer {
   };
 
   // `config`, `weights` and `backend` outlive the result; the weights are what UploadWeights or RandomWeights
-  // of that backend gave, or ShardedWeights::resident.
+  // of that backend gave, or ShardedWeights::resident. `kv_memory`: where keys and values lie, for peers that
+  // read them; nullptr: in backend.memory().
   static absl::StatusOr<std::unique_ptr<Transformer>> Create(const ModelConfig& config,
                                                              const ModelWeights& weights, Backend& backend,
-                                                             const ShardPlan& plan, int rank);
+                                                             const ShardPlan& plan, int rank,
+                                                             MemoryResource* kv_memory = nullptr);
   // The work that was given to the stream must be through, or the backend's memory be stream-ordered.
   ~Transformer() = default;
 
@@ -115,6 +118,10 @@ class Transformer {
                                                 int64_t num_tokens);
   // Their sum for the rank with the most tokens.
   static int64_t PlanBytes(const ModelConfig& config, const KernelSet& kernels, const ShardPlan& plan);
+
+  // [num_kv_heads, tokens of this rank, head_dim], dense: of the layer that was projected last.
+  const Buffer& keys() const { return k_; }
+  const Buffer& values() const { return v_; }
 
   // ids: the tokens of this rank, in the order of plan.TokenPositions(rank), each within the vocabulary.
   absl::Status Embed(std::span<const int32_t> ids);
@@ -136,7 +143,7 @@ class Transformer {
 
   Transformer(const ModelConfig& config, const ModelWeights& weights, Backend& backend, const ShardPlan& plan,
               int rank, RotaryTable rotary);
-  absl::Status Allocate();
+  absl::Status Allocate(MemoryResource& kv_memory);
   template <typename Body>
   absl::Status ForEachChunk(const std::function<absl::Status()>& should_stop, Body body);
   absl::Status Attend(int64_t layer, std::span<const HeadPattern> patterns, const LayerParallelism& parallel,

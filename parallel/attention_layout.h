@@ -13,10 +13,14 @@ namespace longfill {
 // Memory of one ParallelAttention::Run and the slices of its exchanges. Follows from the plan alone, for the
 // rank that needs most, so that all ranks take the same slices.
 struct AttentionLayout {
-  // `round_bytes`: of what a round receives, at most, but that of one KV head; 0: that of the device.
-  // `num_sampled`: rows whose lse is asked for; 0: no lse is kept.
+  struct Options {
+    int64_t round_bytes =
+        0;  // of what a round receives, at most, but that of one KV head; 0: that of the device
+    int64_t num_sampled = 0;  // rows whose lse is asked for; 0: no lse is kept
+    bool from_peers = false;  // keys and values come from PeerMemory
+  };
   AttentionLayout(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
-                  int64_t round_bytes, int64_t num_sampled = 0);
+                  const Options& options);
 
   // What rounds receive, by turns, so that one is exchanged while another computes.
   struct Received {
@@ -36,6 +40,7 @@ struct AttentionLayout {
 
   // Byte offsets; pieces that the mesh does not need are not there.
   int64_t counts = 0;                // two int64: covered and computed pairs
+  int64_t word = 0;                  // an int64 by which peers wait for one another
   std::array<Received, 2> received;  // the second is the first where there is one round
   int64_t group_k = 0, group_v = 0;  // of the head group's rows
   int64_t send = 0, recv = 0;        // of one exchange

@@ -2,27 +2,31 @@
 
 namespace longfill {
 
-absl::Status CopyBlocks(KernelSet& kernels, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
-                        int64_t block_bytes, int64_t bytes, Stream& stream) {
+absl::Status CopyBlocks(const CopyFunction& copy, void* to, int64_t to_pitch, const void* from,
+                        int64_t from_pitch, int64_t block_bytes, int64_t bytes) {
   const int64_t whole = block_bytes > 0 ? bytes / block_bytes : 0;
   const int64_t rest = bytes - whole * block_bytes;
   if (whole > 0) {
-    LF_RETURN_IF_ERROR(kernels.Copy2D({.to = to,
-                                       .to_pitch = to_pitch,
-                                       .from = from,
-                                       .from_pitch = from_pitch,
-                                       .row_bytes = block_bytes,
-                                       .rows = whole},
-                                      stream));
+    LF_RETURN_IF_ERROR(copy({.to = to,
+                             .to_pitch = to_pitch,
+                             .from = from,
+                             .from_pitch = from_pitch,
+                             .row_bytes = block_bytes,
+                             .rows = whole}));
   }
   if (rest == 0) return absl::OkStatus();
-  return kernels.Copy2D({.to = static_cast<char*>(to) + whole * to_pitch,
-                         .to_pitch = rest,
-                         .from = static_cast<const char*>(from) + whole * from_pitch,
-                         .from_pitch = rest,
-                         .row_bytes = rest,
-                         .rows = 1},
-                        stream);
+  return copy({.to = static_cast<char*>(to) + whole * to_pitch,
+               .to_pitch = rest,
+               .from = static_cast<const char*>(from) + whole * from_pitch,
+               .from_pitch = rest,
+               .row_bytes = rest,
+               .rows = 1});
+}
+
+absl::Status CopyBlocks(KernelSet& kernels, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
+                        int64_t block_bytes, int64_t bytes, Stream& stream) {
+  const auto copy = [&](const Copy2DParams& params) { return kernels.Copy2D(params, stream); };
+  return CopyBlocks(copy, to, to_pitch, from, from_pitch, block_bytes, bytes);
 }
 
 absl::StatusOr<char*> PackHeads(KernelSet& kernels, HeadsView<const void> from,

@@ -4,6 +4,7 @@
 // How rows get into and out of the buffers of an exchange, on the device.
 
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "kernels/api/kernel_set.h"
@@ -11,8 +12,12 @@
 
 namespace longfill {
 
+using CopyFunction = std::function<absl::Status(const Copy2DParams&)>;
 // `bytes` in blocks of block_bytes, the last of which may be shorter; blocks start to_pitch and from_pitch
 // bytes apart.
+absl::Status CopyBlocks(const CopyFunction& copy, void* to, int64_t to_pitch, const void* from,
+                        int64_t from_pitch, int64_t block_bytes, int64_t bytes);
+// With KernelSet::Copy2D.
 absl::Status CopyBlocks(KernelSet& kernels, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
                         int64_t block_bytes, int64_t bytes, Stream& stream);
 

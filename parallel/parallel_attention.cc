@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -70,8 +71,10 @@ class ParallelAttention::AttentionRun {
         plan_(plan),
         rank_(owner.world_.rank()),
         params_(params),
-        layout_(kernels_, geometry_, plan, owner.options_.round_bytes,
-                static_cast<int64_t>(params.sampled.size())),
+        layout_(kernels_, geometry_, plan,
+                {.round_bytes = owner.options_.round_bytes,
+                 .num_sampled = static_cast<int64_t>(params.sampled.size()),
+                 .from_peers = params.peers != nullptr}),
         width_(geometry_.head_dim),
         element_(DTypeBytes(kernels_.compute_dtype())),
         local_rows_(plan.NumTokens(rank_)),
@@ -86,7 +89,8 @@ class ParallelAttention::AttentionRun {
   bool started() const { return started_; }
   bool IsFor(const ShardPlan& plan, const ParallelAttentionParams& params) const {
     return plan == plan_ && params.k.data == params_.k.data && params.v.data == params_.v.data &&
-           params.heads.empty() && params.sampled.size() == params_.sampled.size();
+           params.peers == params_.peers && params.heads.empty() &&
+           params.sampled.size() == params_.sampled.size();
   }
   // With what Begin was not given.
   void SetParams(const ParallelAttentionParams& params) { params_ = params; }
@@ -108,12 +112,27 @@ class ParallelAttention::AttentionRun {
     LF_RETURN_IF_ERROR(owner_.inputs_ready_->Record(stream_));
     LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.inputs_ready_));
     LF_RETURN_IF_ERROR(ZeroTails());
-    return num_rounds_ > 0 ? Receive(0) : absl::OkStatus();
+    if (num_rounds_ == 0) return absl::OkStatus();
+    if (params_.peers != nullptr) {
+      // Kernels copy within a device, and find room beside the projections: beside attention they would not.
+      LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
+      for (size_t round = 0; round < std::min(num_rounds_, turns()); ++round) {
+        LF_RETURN_IF_ERROR(CopyOwn(round));
+      }
+      LF_RETURN_IF_ERROR(WaitForPeers());  // their keys and values are there
+      LF_RETURN_IF_ERROR(owner_.communication_timer_.End(exchange_));
+    }
+    return Receive(0);
   }
 
   // Memory goes back in the order of the main stream, also after an error.
   absl::Status WaitForExchanges() {
     if (!exchanges()) return absl::OkStatus();
+    if (params_.peers != nullptr && num_rounds_ > 0) {
+      LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
+      LF_RETURN_IF_ERROR(WaitForPeers());  // they have read this rank's
+      LF_RETURN_IF_ERROR(owner_.communication_timer_.End(exchange_));
+    }
     LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
     return WaitExposed(*owner_.exchanges_ended_);
   }
@@ -160,6 +179,7 @@ class ParallelAttention::AttentionRun {
   };
 
   bool exchanges() const { return layout_.head_exchange || layout_.sequence_exchange; }
+  size_t turns() const { return layout_.one_place ? 1 : 2; }
   const AttentionLayout::Received& Received(size_t round) const { return layout_.received[round % 2]; }
 
   // The exchange of a round is enqueued before attention of the one before, and so runs beside it. All ranks
@@ -214,13 +234,16 @@ class ParallelAttention::AttentionRun {
   // that of the round before where there is one place.
   absl::Status Receive(size_t round) {
     const RoundHeads& mine = rounds_[plan_.HeadIndex(rank_)][round];
-    const size_t turns = layout_.one_place ? 1 : 2;
-    if (round >= turns) LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.attended_[(round - turns) % 2]));
+    if (round >= turns()) LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.attended_[(round - turns()) % 2]));
     RoundInput& input = inputs_[round % 2];
     input = OwnInput(mine);
     LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
     if (layout_.head_exchange) LF_RETURN_IF_ERROR(ExchangeHeads(round, &input));
-    if (layout_.sequence_exchange && !mine.kv.empty()) {  // members of a sequence group have equal heads
+    if (params_.peers != nullptr && !mine.kv.empty()) {
+      LF_RETURN_IF_ERROR(ReadPeers(mine.kv, Received(round), &input));
+      if (round >= turns()) LF_RETURN_IF_ERROR(CopyOwn(round));
+    } else if (layout_.sequence_exchange &&
+               !mine.kv.empty()) {  // members of a sequence group have equal heads
       const auto num_heads = static_cast<int64_t>(mine.kv.size());
       LF_RETURN_IF_ERROR(
           GatherSequence(num_heads, Dense(Received(round).all_k, layout_.padded_tokens), &input.k));
@@ -254,7 +277,10 @@ class ParallelAttention::AttentionRun {
     }
     const bool receives = exchanges() && round + 1 < num_rounds_ && !layout_.one_place;
     const bool returns = layout_.head_exchange && round > 0;
-    cta_limit_ = receives || returns ? owner_.options_.ctas_beside_exchange : 0;
+    const ParallelAttentionOptions& options = owner_.options_;
+    cta_limit_ = receives && params_.peers != nullptr ? options.ctas_beside_peers
+                 : receives || returns                ? options.ctas_beside_exchange
+                                                      : 0;
     LF_RETURN_IF_ERROR(owner_.attention_timer_.Begin(stream_));
     LF_RETURN_IF_ERROR(Compute(mine, input, output));
     LF_RETURN_IF_ERROR(owner_.attention_timer_.End(stream_));
@@ -564,6 +590,64 @@ class ParallelAttention::AttentionRun {
     return absl::OkStatus();
   }
 
+  // Work that other ranks enqueue on their exchange streams after this waits for what this one has enqueued
+  // before it.
+  absl::Status WaitForPeers() {
+    auto* word = Piece<int64_t>(layout_.word);
+    LF_RETURN_IF_ERROR(kernels_.Zero(word, sizeof(*word), exchange_));
+    return sequence_group_.AllReduce(word, 1, ReduceType::kInt64, ReduceOp::kMax, exchange_);
+  }
+
+  // Of all tokens but this rank's, in the order of the prompt, from the ranks that have them. Every rank
+  // begins with another one.
+  absl::Status ReadPeers(std::span<const int32_t> kv_heads, const AttentionLayout::Received& place,
+                         RoundInput* input) {
+    const int members = sequence_group_.size();
+    const int64_t block_bytes = RowBytes(plan_.deal_block());
+    const auto copy = [&](const Copy2DParams& params) {
+      return params_.peers->access().Copy(params, exchange_);
+    };
+    const HeadsView<void> to[] = {Dense(place.all_k, layout_.padded_tokens),
+                                  Dense(place.all_v, layout_.padded_tokens)};
+    for (int i = 1; i < members; ++i) {
+      const int member = (sequence_group_.rank() + i) % members;
+      const int64_t bytes = RowBytes(plan_.GroupNumTokens(member));
+      for (size_t buffer = 0; buffer < std::size(to); ++buffer) {
+        const auto* const all = static_cast<const char*>(params_.peers->At(member, buffer));
+        for (size_t head = 0; head < kv_heads.size() && bytes > 0; ++head) {
+          LF_RETURN_IF_ERROR(CopyBlocks(copy, RowsOf(member, AtHead(to[buffer], head)), members * block_bytes,
+                                        all + kv_heads[head] * bytes, block_bytes, block_bytes, bytes));
+        }
+      }
+    }
+    input->k = to[0];
+    input->v = to[1];
+    return absl::OkStatus();
+  }
+
+  // This rank's rows of a round's heads to their places.
+  absl::Status CopyOwn(size_t round) {
+    const std::vector<int32_t>& kv_heads = rounds_[plan_.HeadIndex(rank_)][round].kv;
+    const int64_t bytes = RowBytes(group_rows_);
+    const int64_t block_bytes = RowBytes(plan_.deal_block());
+    const AttentionLayout::Received& place = Received(round);
+    for (const auto& [from, at] : {std::pair(params_.k, place.all_k), std::pair(params_.v, place.all_v)}) {
+      const HeadsView<void> to = Dense(at, layout_.padded_tokens);
+      for (size_t head = 0; head < kv_heads.size() && bytes > 0; ++head) {
+        LF_RETURN_IF_ERROR(CopyBlocks(kernels_, RowsOf(sequence_group_.rank(), AtHead(to, head)),
+                                      sequence_group_.size() * block_bytes,
+                                      AtHead(from, static_cast<size_t>(kv_heads[head])).data, block_bytes,
+                                      block_bytes, bytes, exchange_));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // The first row of a member in a head of the prompt.
+  void* RowsOf(int member, HeadsView<void> head) const {
+    return Advance(head.data, member * plan_.deal_block() * width_, kernels_.compute_dtype());
+  }
+
   // [num_heads][rows] of one member, whose block b is block b * members + member of the destination;
   // rows.begin is a multiple of the token block. Returns the byte behind what was read.
   absl::StatusOr<const char*> Interleave(const char* from, int64_t num_heads, const TokenRange& rows,
@@ -725,8 +809,8 @@ absl::StatusOr<std::unique_ptr<ParallelAttention>> ParallelAttention::Create(
 }
 
 int64_t ParallelAttention::PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
-                                     const ShardPlan& plan, int64_t round_bytes, int64_t num_sampled) {
-  return AttentionLayout(kernels, geometry, plan, round_bytes, num_sampled).total_bytes;
+                                     const ShardPlan& plan, const AttentionLayout::Options& options) {
+  return AttentionLayout(kernels, geometry, plan, options).total_bytes;
 }
 
 absl::Status ParallelAttention::Begin(const ShardPlan& plan, const ParallelAttentionParams& params) {

@@ -17,8 +17,10 @@
 #include "kernels/api/backend.h"
 #include "kernels/sparse/index_view.h"
 #include "parallel/attention_geometry.h"
+#include "parallel/attention_layout.h"
 #include "parallel/communicator.h"
 #include "parallel/mesh.h"
+#include "parallel/peer_memory.h"
 #include "parallel/stream_timer.h"
 
 namespace longfill {
@@ -27,6 +29,10 @@ namespace longfill {
 struct ParallelAttentionParams {
   HeadsView<const void> q;     // [num_q_heads, local tokens, head_dim], rows as plan.TokenPositions(rank)
   HeadsView<const void> k, v;  // [num_kv_heads, local tokens, head_dim]
+  // Where BeginsEarly: k and v of all ranks, buffers 0 and 1, each dense from its start. They are read
+  // instead of exchanged, by copy engines, which leave all multiprocessors to attention; the ranks wait for
+  // one another before and after. nullptr, on all ranks: they are exchanged.
+  const PeerMemory* peers = nullptr;
   // [chunks, num_q_heads], equal on all ranks (LayerIndex::heads); one chunk unless dual chunks split the
   // prompt.
   std::span<const IndexView> indices;
@@ -61,6 +67,8 @@ struct ParallelAttentionOptions {
   int64_t round_bytes = 0;  // AttentionLayout; 0: that of the device
   // AttentionParams::cta_limit while an exchange runs beside attention and needs SMs; 0: none is left to it.
   int ctas_beside_exchange = 0;
+  // The same while only peers' memory is read.
+  int ctas_beside_peers = 0;
 };
 
 class ParallelAttention {
@@ -78,9 +86,9 @@ class ParallelAttention {
   // that do not depend on the index. Where heads are exchanged, their placement does.
   static bool BeginsEarly(const Mesh& mesh) { return mesh.sequence > 1 && mesh.head == 1; }
   // Where BeginsEarly: every rank calls this with an equal plan once k and v are enqueued on the main stream.
-  // The first round is gathered beside what comes after. `params`: k, v and sampled count, which Run gets
-  // again, with no `heads`. Takes the memory of Run, which gives it back, or Drop does. Errors as those of
-  // Run.
+  // The first round is gathered beside what comes after. `params`: k, v, peers and sampled count, which Run
+  // gets again, with no `heads`. Takes the memory of Run, which gives it back, or Drop does. Errors as those
+  // of Run.
   absl::Status Begin(const ShardPlan& plan, const ParallelAttentionParams& params);
   // Gives up what was begun, if anything was: the main stream waits for it. To be called where Run will not
   // be.
@@ -94,10 +102,9 @@ class ParallelAttention {
   // here and on peers, which the caller settles by agreeing on cancellation.
   absl::StatusOr<ParallelAttentionStats> Run(const ShardPlan& plan, const ParallelAttentionParams& params);
 
-  // Bytes of the backend's memory that Run takes, on the rank that needs most, with so many sampled rows.
-  // Allocates nothing.
+  // Bytes of the backend's memory that Run takes, on the rank that needs most. Allocates nothing.
   static int64_t PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
-                           int64_t round_bytes = 0, int64_t num_sampled = 0);
+                           const AttentionLayout::Options& options = {});
 
  private:
   class AttentionRun;

@@ -7,7 +7,7 @@
 #   tests/run.sh --long     also the tests with the label long, which take an hour
 # Environment: LONGFILL_SHARED_DIR, the folder with needle-20m and recorded data (default: `shared` beside the checkout);
 # LONGFILL_TIDY_SECONDS, how long clang-tidy may look at files that it has not seen in this form (default 90);
-# LONGFILL_SECONDS, how long all of it may take (default 4000): the sanitizers stop there and say what they have left out.
+# LONGFILL_SECONDS, how long all of it may take (default 4800): the sanitizers stop there and say what they have left out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,6 +27,23 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 configure_options=()
 [[ -n ${LONGFILL_SHARED_DIR:-} ]] && configure_options+=("-DLONGFILL_SHARED_DIR=$LONGFILL_SHARED_DIR")
+
+# ctest, whose summary is printed once more at the end: its lists of skipped tests are long.
+summary=$(mktemp)
+trap 'rm -f "$summary"' EXIT
+run_tests() {  # TITLE COMMAND...
+  local title=$1 log status=0
+  shift
+  log=$(mktemp)
+  "$@" | tee "$log" || status=$?
+  sed -n "s/^[0-9]*% tests passed, .*/& ($title)/p" "$log" >>"$summary"
+  rm -f "$log"
+  return "$status"
+}
+end() {
+  step "summary"
+  cat "$summary"
+}
 
 build_limit=  # seconds, where there is one: 124 once they have passed
 build() {  # PRESET [TARGET...]
@@ -54,12 +71,15 @@ if ! $quick; then
   .venv/bin/python tests/tidy.py --build build/cpu --seconds "${LONGFILL_TIDY_SECONDS:-90}"
 fi
 step "tests of the preset cpu"
-ctest --preset cpu
+run_tests "preset cpu" ctest --preset cpu
 if $long; then
   step "long tests"
-  ctest --test-dir build/cpu --output-on-failure --no-tests=error -L long
+  run_tests "preset cpu, long" ctest --test-dir build/cpu --output-on-failure --no-tests=error -L long
 fi
-$quick && exit
+if $quick; then
+  end
+  exit
+fi
 
 if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
   build cuda kernel_contract_test cuda_unit_test  # with the whole backend; the rest is compiled as for the preset cpu
@@ -67,14 +87,14 @@ if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
   find kernels/cuda tests/unit/cuda -name '*.cc' ! -name cuda_absent.cc -print0 |
     xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-90}"
   step "kernel contract tests of the preset cuda"
-  ctest --preset cuda -L contract -R '/cuda_'
+  run_tests "preset cuda, kernel contract" ctest --preset cuda -L contract -R '/cuda_'
 else
   step "skipped: build and tests of the preset cuda, since there is no nvcc on PATH or in /usr/local/cuda/bin"
 fi
 
 # The sanitizers take what is left of the time; what they do not reach is named. Tests are dealt to slices, so that those that
 # run are of all kinds.
-seconds_left() { echo $((${LONGFILL_SECONDS:-4000} - SECONDS)); }
+seconds_left() { echo $((${LONGFILL_SECONDS:-4800} - SECONDS)); }
 slices=8
 # Of whole prompts of 32,768 tokens a sanitizer makes minutes each.
 left_out='^Backends/.*/(cuda_|nccl)|^BalanceAt32K|^bench_kernels_smoke$'
@@ -93,7 +113,7 @@ sanitizer_tests() {  # PRESET CTEST-ARGUMENT...
   shift
   for ((slice = 1; slice <= slices; ++slice)); do
     (($(seconds_left) > 0)) || { step "left out: $((slices - slice + 1)) of $slices slices of the tests of the preset $preset"; return 0; }
-    "${runner[@]}" ctest --preset "$preset" "$@" -I "$slice,,$slices"
+    run_tests "preset $preset, slice $slice of $slices" "${runner[@]}" ctest --preset "$preset" "$@" -I "$slice,,$slices"
   done
 }
 
@@ -113,3 +133,4 @@ if sanitizer_build tsan longfill_tests_unit longfill_tests_contract longfill_tes
   setarch "$(uname -m)" -R true 2>/dev/null && runner=(setarch "$(uname -m)" -R)
   sanitizer_tests tsan -L 'unit|contract|multirank' -E "$left_out"
 fi
+end

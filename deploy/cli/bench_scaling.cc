@@ -54,6 +54,7 @@ struct ScalingWork {
   BenchWork work;
   DeviceOptions device;
   NcclOptions nccl;
+  bool peer_copies = true;
   LinkRates links;
   std::vector<Mesh> meshes;
   LayerChoice choice;
@@ -81,6 +82,7 @@ absl::StatusOr<ScalingWork> ReadWork(const ScalingOptions& options) {
   }
   read.nccl = communicator.nccl;
   LF_ASSIGN_OR_RETURN(read.device, MakeDeviceOptions(options.model, 1, 0));
+  read.peer_copies = read.device.kind != DeviceKind::kCpu && communicator.peer_copies != PeerCopies::kOff;
   return read;
 }
 
@@ -110,15 +112,15 @@ absl::Status MeasureAll(const ScalingOptions& options, const ScalingWork& read, 
   LF_ASSIGN_OR_RETURN(const std::unique_ptr<const ModelWeights> weights,
                       RandomWeights(read.work.config, *device, options.work.seed));
   const bool on_gpu = read.device.kind != DeviceKind::kCpu;
-  const RecordingJob job{.config = read.work.config,
-                         .weights = *weights,
-                         .patterns = read.work.patterns,
-                         .coverage = read.work.coverage,
-                         .token_ids = read.work.token_ids,
-                         .replacement = read.work.replayed.get(),
-                         .layers = read.choice.executed,
-                         .ctas_beside_exchange = on_gpu ? CtasBesideNccl(*device, read.nccl) : 0,
-                         .should_stop = [&signals] { return signals.ShouldStop(); }};
+  RecordingJob job{.config = read.work.config,
+                   .weights = *weights,
+                   .patterns = read.work.patterns,
+                   .coverage = read.work.coverage,
+                   .token_ids = read.work.token_ids,
+                   .replacement = read.work.replayed.get(),
+                   .layers = read.choice.executed,
+                   .ctas_beside_exchange = on_gpu ? CtasBesideNccl(*device, read.nccl) : 0,
+                   .should_stop = [&signals] { return signals.ShouldStop(); }};
   report->device = device->facts().name;
   report->compute_dtype = device->kernels().compute_dtype();
   if (!options.json) std::printf("%s", report->HeadText().c_str());
@@ -127,6 +129,7 @@ absl::Status MeasureAll(const ScalingOptions& options, const ScalingWork& read, 
       LF_RETURN_IF_ERROR(job.replacement->Begin(*device, options.work.num_tokens));
     }
     for (const Mesh& mesh : read.meshes) {
+      job.peer_copies = read.peer_copies && mesh.size() <= read.links.ranks_per_node;
       LF_ASSIGN_OR_RETURN(const ScalingRun run, Measure(job, read, mesh, *device, *traffic));
       report->runs.push_back(run);
       if (!options.json) std::printf("%s", report->RunText(report->runs.back()).c_str());

@@ -122,6 +122,12 @@ void AddDeviceOption(CLI::App& app, ModelOptions& options) {
          "multiprocessors that NCCL may take, and that attention leaves to it while both run (default: 8)")
       ->type_name("N")
       ->check(CLI::Range(1, 64));
+  app.add_option(
+         "--peer-copies", options.peer_copies,
+         "whether copy engines bring keys and values from the other ranks' GPUs, when the mesh splits the\n"
+         "sequence alone: on, off, or auto (default): where all ranks are on one host and their GPUs can")
+      ->type_name("WHEN")
+      ->check(CLI::IsMember({"auto", "on", "off"}));
 }
 
 void AddWeightsOption(CLI::App& app, ModelOptions& options) {
@@ -253,6 +259,8 @@ absl::StatusOr<DeviceCommunicatorOptions> MakeCommunicatorOptions(const ModelOpt
   if (options.communicator == "mpi") communicator.kind = CommunicatorKind::kStaged;
   communicator.nccl.ranks_share_gpus = NcclRanksMayShareGpus();
   communicator.nccl.max_ctas = options.nccl_ctas;
+  if (options.peer_copies == "on") communicator.peer_copies = PeerCopies::kOn;
+  if (options.peer_copies == "off") communicator.peer_copies = PeerCopies::kOff;
   if (options.communicator == "nccl" && options.device == "cpu") {
     return absl::InvalidArgumentError("--communicator nccl is for ranks on GPUs, and --device is cpu");
   }

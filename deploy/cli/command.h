@@ -65,6 +65,7 @@ struct ModelOptions {
   std::string device_dtype;                // empty: that of the device
   std::string communicator = "auto";       // "auto", "nccl" or "mpi"
   int nccl_ctas = NcclOptions().max_ctas;  // NcclOptions
+  std::string peer_copies = "auto";        // "auto", "on" or "off"
   std::string weights = "replicated";      // or "sharded"
   int threads = 0;                         // 0: DefaultThreads
   int64_t dense_below = AttentionDefaults{}.dense_below;

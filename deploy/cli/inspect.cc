@@ -18,6 +18,7 @@
 #include "models/geometry.h"
 #include "models/rope.h"
 #include "models/weights.h"
+#include "parallel/parallel_attention.h"
 #include "runtime/engine/device_communicator.h"
 #include "runtime/engine/engine_device.h"
 #include "runtime/engine/memory_plan.h"
@@ -270,6 +271,9 @@ absl::Status Inspect(const InspectOptions& options) {
   input.weights_in_pool = kernels.device() != DeviceKind::kCpu;
   input.outside_bytes = host.outside_bytes;
   input.staged_exchange = host.staged_exchange;
+  // As if all ranks were on one host.
+  input.peer_copies = kernels.device() != DeviceKind::kCpu && ParallelAttention::BeginsEarly(mesh) &&
+                      options.model.peer_copies != "off";
   input.mesh = mesh;
   input.num_tokens = num_tokens;
   input.kv_dtype = kernels.compute_dtype();

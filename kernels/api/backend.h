@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels/api/kernel_set.h"
+#include "kernels/api/peer_access.h"
 #include "kernels/base/memory.h"
 #include "kernels/base/status.h"
 #include "kernels/base/stream.h"
@@ -33,11 +34,13 @@ class Backend {
   // Host memory that the device copies from and to at full speed (page-locked for a GPU).
   virtual MemoryResource& host_memory() = 0;
   virtual Stream& stream() = 0;                                     // the main one
-  virtual absl::StatusOr<std::unique_ptr<Stream>> NewStream() = 0;  // runs beside the main one
+  virtual absl::StatusOr<std::unique_ptr<Stream>> NewStream() = 0;  // runs beside the main one, and first
   virtual absl::StatusOr<std::unique_ptr<Event>> NewEvent() = 0;
   // Bytes of the device that nobody uses now, with what memory() holds back for later allocations; 0: not
   // known (CPU).
   virtual absl::StatusOr<int64_t> FreeMemoryBytes() = 0;
+  // How peers read this device's memory, and it theirs; nullptr: they cannot.
+  virtual PeerAccess* peers() { return nullptr; }
   // Not OK once the device is lost (an error that no later call survives); the process should then end.
   virtual absl::Status Health() = 0;
 };

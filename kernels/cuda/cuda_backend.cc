@@ -12,6 +12,7 @@
 #include "kernels/cuda/cuda_stream.h"
 #include "kernels/cuda/device_limits.h"
 #include "kernels/cuda/free_memory.h"
+#include "kernels/cuda/peer_access.h"
 #include "kernels/cuda/upload.h"
 
 namespace longfill {
@@ -73,7 +74,9 @@ class CudaBackend final : public Backend {
   MemoryResource& memory() override { return *memory_; }
   MemoryResource& host_memory() override { return host_memory_; }
   Stream& stream() override { return *stream_; }
-  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override { return CudaStream::Create(limits_.device); }
+  absl::StatusOr<std::unique_ptr<Stream>> NewStream() override {
+    return CudaStream::Create(limits_.device, /*first=*/true);
+  }
   absl::StatusOr<std::unique_ptr<Event>> NewEvent() override { return CudaEvent::Create(limits_.device); }
 
   absl::StatusOr<int64_t> FreeMemoryBytes() override {
@@ -82,6 +85,8 @@ class CudaBackend final : public Backend {
     LF_ASSIGN_OR_RETURN(const int64_t idle_bytes, memory_->IdleBytes());
     return info.free_bytes + idle_bytes;
   }
+
+  PeerAccess* peers() override { return peers_.get(); }
 
   absl::Status Health() override {
     LF_RETURN_IF_ERROR(LostDeviceStatus(limits_.device));
@@ -100,6 +105,7 @@ class CudaBackend final : public Backend {
   PinnedMemoryResource host_memory_;
   std::unique_ptr<CudaStream> stream_;
   std::unique_ptr<CudaMemoryResource> memory_;
+  std::unique_ptr<CudaPeerAccess> peers_;
   std::unique_ptr<KernelSet> kernels_;
 };
 
@@ -129,6 +135,7 @@ absl::Status CudaBackend::Start(DType compute_dtype) {
   facts_.memory_bytes = info.total_bytes;
   LF_ASSIGN_OR_RETURN(stream_, CudaStream::Create(limits_.device));
   LF_ASSIGN_OR_RETURN(memory_, CudaMemoryResource::Create(limits_.device, stream_->get()));
+  peers_ = std::make_unique<CudaPeerAccess>(limits_.device, *memory_);
   LF_RETURN_IF_ERROR(Annotate(RunFirstKernel(), "the first kernel"));
   LF_ASSIGN_OR_RETURN(kernels_, CreateCudaKernelSet(limits_, compute_dtype, *memory_));
   return absl::OkStatus();

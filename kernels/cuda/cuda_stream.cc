@@ -24,10 +24,14 @@ absl::StatusOr<int> CudaDeviceOf(Stream& stream) {
   return cuda_stream->ordinal();
 }
 
-absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Create(int device) {
+absl::StatusOr<std::unique_ptr<CudaStream>> CudaStream::Create(int device, bool first) {
   LF_RETURN_IF_ERROR(UseDevice(device));
   cudaStream_t stream = nullptr;
-  LF_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  int least = 0;
+  int greatest = 0;
+  LF_RETURN_IF_CUDA_ERROR(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  LF_RETURN_IF_CUDA_ERROR(
+      cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, first ? greatest : least));
   return std::unique_ptr<CudaStream>(new CudaStream(device, stream));
 }
 

@@ -14,7 +14,8 @@ namespace longfill {
 // DeadlineExceeded and ranks that share a core do not starve each other.
 class CudaStream final : public Stream {
  public:
-  static absl::StatusOr<std::unique_ptr<CudaStream>> Create(int device);
+  // `first`: its kernels get multiprocessors before those of other streams.
+  static absl::StatusOr<std::unique_ptr<CudaStream>> Create(int device, bool first = false);
   ~CudaStream() override;  // work given so far still runs
   CudaStream(const CudaStream&) = delete;
   CudaStream& operator=(const CudaStream&) = delete;

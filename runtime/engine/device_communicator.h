@@ -22,8 +22,16 @@ enum class CommunicatorKind : uint8_t {
   kStaged,  // through page-locked host memory and the communicator of the group
 };
 
+// Keys and values that are gathered over the sequence (ParallelAttentionParams::peers), between GPUs.
+enum class PeerCopies : uint8_t {
+  kAuto,  // by copy engines where every rank can read every other's memory, else as everything else
+  kOn,    // by copy engines, or an error
+  kOff,
+};
+
 struct DeviceCommunicatorOptions {
   CommunicatorKind kind = CommunicatorKind::kAuto;
+  PeerCopies peer_copies = PeerCopies::kAuto;
   NcclOptions nccl;
 };
 

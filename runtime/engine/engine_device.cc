@@ -11,6 +11,12 @@ namespace {
 
 constexpr int64_t kLazyKernelBytes = int64_t{128} << 20;
 
+// Of the device, by this rank's own account.
+int64_t BytesInUse(Backend& backend) {
+  const int64_t own = backend.memory().bytes_in_use();
+  return backend.peers() == nullptr ? own : own + backend.peers()->memory().bytes_in_use();
+}
+
 }  // namespace
 
 int DeviceOrdinal(const DeviceOptions& options, int num_devices) {
@@ -50,7 +56,7 @@ absl::StatusOr<int64_t> OutsideBytesInUse(Backend& backend, int ranks_on_device)
   if (backend.kernels().device() == DeviceKind::kCpu) return 0;
   LF_ASSIGN_OR_RETURN(const int64_t free_bytes, backend.FreeMemoryBytes());
   const int64_t of_each = (backend.facts().memory_bytes - free_bytes) / ranks_on_device;
-  return std::max<int64_t>(0, of_each - backend.memory().bytes_in_use());
+  return std::max<int64_t>(0, of_each - BytesInUse(backend));
 }
 
 absl::StatusOr<int64_t> MeasureOutsideBytes(Backend& backend, int ranks_on_device) {
@@ -63,15 +69,15 @@ absl::StatusOr<int64_t> ForecastOutsideBytes(Backend& backend) {
   if (backend.facts().free_bytes_before == 0) return MeasureOutsideBytes(backend, 1);
   LF_ASSIGN_OR_RETURN(const int64_t free_bytes, backend.FreeMemoryBytes());
   const int64_t taken = backend.facts().free_bytes_before - free_bytes;
-  return std::max<int64_t>(0, taken - backend.memory().bytes_in_use()) + kLazyKernelBytes;
+  return std::max<int64_t>(0, taken - BytesInUse(backend)) + kLazyKernelBytes;
 }
 
 absl::StatusOr<int64_t> AvailableDeviceBytes(Backend& backend, int ranks_on_device, int64_t outside_bytes) {
   if (backend.kernels().device() == DeviceKind::kCpu) return 0;
   LF_ASSIGN_OR_RETURN(const int64_t free_bytes, backend.FreeMemoryBytes());
   LF_ASSIGN_OR_RETURN(const int64_t idle_bytes, backend.memory().IdleBytes());
-  return (free_bytes - idle_bytes) / ranks_on_device + idle_bytes + backend.memory().bytes_in_use() +
-         outside_bytes - kLazyKernelBytes;
+  return (free_bytes - idle_bytes) / ranks_on_device + idle_bytes + BytesInUse(backend) + outside_bytes -
+         kLazyKernelBytes;
 }
 
 }  // namespace longfill

@@ -35,9 +35,9 @@ absl::StatusOr<std::shared_ptr<Backend>> CreateBackend(const DeviceOptions& opti
 // same devices; 1 on the CPU.
 absl::StatusOr<int> RanksOnDevice(const DeviceOptions& options);
 
-// Bytes of the device that this rank uses outside of backend.memory(): driver, context, libraries, and room
-// for kernels that are loaded when they first run. Ranks that share the device are taken to be alike, so all
-// of them have allocated what they keep. 0 on the CPU.
+// Bytes of the device that this rank uses outside of backend.memory() and what it shares with peers: driver,
+// context, libraries, and room for kernels that are loaded when they first run. Ranks that share the device
+// are taken to be alike, so all of them have allocated what they keep. 0 on the CPU.
 absl::StatusOr<int64_t> MeasureOutsideBytes(Backend& backend, int ranks_on_device);
 // What a process that has just made `backend` will use so, whatever others use of the device. 0 on the CPU.
 absl::StatusOr<int64_t> ForecastOutsideBytes(Backend& backend);

@@ -8,6 +8,7 @@
 #include "models/device_weights.h"
 #include "models/fingerprint.h"
 #include "models/transformer.h"
+#include "parallel/peer_memory.h"
 #include "parallel/staged_communicator.h"
 
 namespace longfill {
@@ -104,8 +105,30 @@ absl::Status EngineState::Connect() {
   }
   if (sharded_weights != nullptr) LF_RETURN_IF_ERROR(sharded_weights->Connect(device_world()));
   LF_ASSIGN_OR_RETURN(attention,
-                      ParallelAttention::Create(*backend, device_world(), options.mesh, GeometryOf(config),
-                                                {.ctas_beside_exchange = CtasBesideExchange()}));
+                      ParallelAttention::Create(
+                          *backend, device_world(), options.mesh, GeometryOf(config),
+                          {.ctas_beside_exchange = CtasBesideExchange(),
+                           .ctas_beside_peers = sharded_weights != nullptr ? CtasBesideExchange() : 0}));
+  return DecidePeerCopies();
+}
+
+absl::Status EngineState::DecidePeerCopies() {
+  const PeerCopies asked = options.communicator.peer_copies;
+  if (asked == PeerCopies::kOff || world.size() == 1) return absl::OkStatus();
+  const bool of_use = gpu_world != nullptr && ParallelAttention::BeginsEarly(options.mesh);
+  if (!of_use && asked == PeerCopies::kOn) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("keys and values by copy engines: they are for ranks on GPUs with head=1, the mesh is ",
+                     ToString(options.mesh), gpu_world != nullptr ? "" : " on the CPU"));
+  }
+  if (!of_use) return absl::OkStatus();
+  const absl::Status status = TryPeerMemory(world, *backend);
+  peer_copies = status.ok();
+  if (status.ok()) return absl::OkStatus();
+  if (asked == PeerCopies::kOn || !absl::IsFailedPrecondition(status)) {
+    return Annotate(status, "keys and values by copy engines");
+  }
+  peer_copies_reason = std::string(status.message());
   return absl::OkStatus();
 }
 
@@ -175,6 +198,7 @@ MemoryPlanInput EngineState::PlanInput(const PrefillRequest& request, const Patt
                          sharded_weights != nullptr,
       .outside_bytes = outside_bytes,
       .staged_exchange = communicator.kind == CommunicatorKind::kStaged,
+      .peer_copies = peer_copies,
       .kv_export = options.kv_export,
       .mesh = options.mesh,
       .num_tokens = static_cast<int64_t>(request.token_ids.size()),

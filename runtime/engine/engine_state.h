@@ -64,9 +64,11 @@ struct EngineState {
   std::unique_ptr<Communicator> gpu_world;  // on a GPU
   std::unique_ptr<ParallelAttention> attention;
   CommunicatorChoice communicator;
-  int ranks_on_device = 1;        // ranks of `world` that compute on this one's device
-  int64_t device_bytes_free = 0;  // for this rank, before any of them has loaded its weights
-  int64_t outside_bytes = 0;      // MemoryPlan::outside_bytes
+  bool peer_copies = false;        // PeerCopies, as decided
+  std::string peer_copies_reason;  // why not; empty: nobody asked
+  int ranks_on_device = 1;         // ranks of `world` that compute on this one's device
+  int64_t device_bytes_free = 0;   // for this rank, before any of them has loaded its weights
+  int64_t outside_bytes = 0;       // MemoryPlan::outside_bytes
   std::atomic<bool> healthy{true};
   bool shut_down = false;
 
@@ -88,6 +90,7 @@ struct EngineState {
   absl::Status CheckWeightsFit(const ModelWeights* host) const;
   absl::Status CheckRanksHaveOneModel();
   int CtasBesideExchange() const;
+  absl::Status DecidePeerCopies();
 };
 
 }  // namespace longfill

@@ -78,8 +78,8 @@ void PlanAttention(const MemoryPlanInput& input, const ShardPlan& plan, bool wat
   const AttentionGeometry geometry = GeometryOf(*input.config);
   const auto num_sampled =
       watched ? static_cast<int64_t>(SampledPositions(plan.num_tokens(), geometry.q_per_kv()).size()) : 0;
-  const int64_t attention =
-      ParallelAttention::PlanBytes(*input.kernels, geometry, plan, /*round_bytes=*/0, num_sampled);
+  const int64_t attention = ParallelAttention::PlanBytes(
+      *input.kernels, geometry, plan, {.num_sampled = num_sampled, .from_peers = input.peer_copies});
   if (watched) {
     scratch = std::max(scratch, RecallMonitor::PlanBytes(*input.kernels, geometry, plan, window));
   }

@@ -61,6 +61,7 @@ struct MemoryPlanInput {
   // empty.
   std::function<int64_t(int64_t num_tokens)> replacement_bytes;
   bool staged_exchange = true;  // several ranks exchange memory of a GPU through the host
+  bool peer_copies = false;     // keys and values are read from peers (ParallelAttentionParams::peers)
   KvExportOptions kv_export;
   Mesh mesh;
   int64_t num_tokens = 0;

@@ -99,7 +99,12 @@ int64_t PrefillEngine::LongestPrompt(const PrefillRequest& request) const {
 std::string PrefillEngine::DescribeCommunicator() const {
   std::string name(impl_->device_world().name());
   if (impl_->gpu_world == nullptr) return name;
-  return absl::StrCat(name, ", ", impl_->communicator.reason);
+  absl::StrAppend(&name, ", ", impl_->communicator.reason);
+  if (impl_->peer_copies) absl::StrAppend(&name, "; keys and values by copy engines");
+  if (!impl_->peer_copies_reason.empty()) {
+    absl::StrAppend(&name, "; keys and values not by copy engines: ", impl_->peer_copies_reason);
+  }
+  return name;
 }
 
 std::string PrefillEngine::DescribeAuto() const { return longfill::DescribeAuto(impl_->options.attention); }

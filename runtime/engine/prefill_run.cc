@@ -108,6 +108,7 @@ class PrefillRun {
   // What holds memory of the backend for this prompt.
   struct Work {
     std::unique_ptr<Transformer> transformer;
+    std::unique_ptr<PeerMemory> peers;  // of its keys and values
     std::optional<SparseIndexBuilder> index_builder;
     std::optional<RecallMonitor> recall;
     std::unique_ptr<KvExporter> exporter;
@@ -120,6 +121,7 @@ class PrefillRun {
   absl::Status Open(const KvSinkFactory& sink_factory);
   absl::Status Compute();
   absl::Status Prepare(Work& work);
+  absl::Status OpenPeers(Work& work);
   absl::Status RunLayers(Work& work);
   absl::Status ReportLayer(int64_t layer, Clock::time_point start);
   absl::Status LeaveDeviceToPeers();
@@ -173,14 +175,21 @@ absl::Status PrefillRun::Open(const KvSinkFactory& sink_factory) {
 
 absl::Status PrefillRun::Compute() {
   engine_.backend->memory().ResetPeak();
+  if (engine_.peer_copies) engine_.backend->peers()->memory().ResetPeak();
   Work work;
   LF_RETURN_IF_ERROR(engine_.Agree(Prepare(work)));
   if (callbacks_.on_accepted) callbacks_.on_accepted(attention_);
-  absl::Status outcome = RunLayers(work);
+  absl::Status outcome = OpenPeers(work);
+  if (outcome.ok()) outcome = RunLayers(work);
   if (outcome.ok()) outcome = CollectLogits(*work.transformer);
   if (outcome.ok()) outcome = engine_.Agree(TakeFigures(work));
   // Copies of K and V read memory of `work`.
   const absl::Status drained = work.exporter != nullptr ? work.exporter->Finish(outcome) : absl::OkStatus();
+  if (work.peers != nullptr) {
+    work.peers.reset();
+    const absl::Status closed = engine_.Agree(absl::OkStatus());  // no peer has this rank's memory open
+    if (outcome.ok()) outcome = closed;
+  }
   if (!outcome.ok()) return outcome;
   if (work.exporter != nullptr) mine_.exposed_copy_seconds = work.exporter->exposed_seconds();
   return engine_.Agree(drained);
@@ -188,8 +197,10 @@ absl::Status PrefillRun::Compute() {
 
 // All memory of the prompt but that of one layer's selection and attention; the embedded tokens.
 absl::Status PrefillRun::Prepare(Work& work) {
-  LF_ASSIGN_OR_RETURN(work.transformer, Transformer::Create(engine_.config, engine_.weights(),
-                                                            *engine_.backend, plan_, transfer_.rank));
+  MemoryResource* const kv_memory = engine_.peer_copies ? &engine_.backend->peers()->memory() : nullptr;
+  LF_ASSIGN_OR_RETURN(work.transformer,
+                      Transformer::Create(engine_.config, engine_.weights(), *engine_.backend, plan_,
+                                          transfer_.rank, kv_memory));
   LF_ASSIGN_OR_RETURN(work.index_builder,
                       SparseIndexBuilder::Create(*engine_.backend, engine_.device_world(),
                                                  GeometryOf(engine_.config), request_.coverage));
@@ -217,9 +228,18 @@ absl::Status PrefillRun::Prepare(Work& work) {
   return work.transformer->Embed(ids);
 }
 
+// Collective.
+absl::Status PrefillRun::OpenPeers(Work& work) {
+  if (!engine_.peer_copies) return absl::OkStatus();
+  const Buffer* const buffers[] = {&work.transformer->keys(), &work.transformer->values()};
+  LF_ASSIGN_OR_RETURN(work.peers, PeerMemory::Open(engine_.world, *engine_.backend->peers(), buffers));
+  return absl::OkStatus();
+}
+
 absl::Status PrefillRun::RunLayers(Work& work) {
   LayerParallelism parallel = {.index_builder = &*work.index_builder,
                                .attention = engine_.attention.get(),
+                               .peers = work.peers.get(),
                                .layer_weights = engine_.sharded_weights.get(),
                                .recall = work.recall.has_value() ? &*work.recall : nullptr,
                                .min_recall = request_.recall.min_recall};
@@ -330,6 +350,11 @@ absl::Status PrefillRun::TakeFigures(Work& work) {
   mine_.computed_pairs = layers_.rank_computed_pairs;
   mine_.peak_device_bytes = engine_.backend->memory().peak_bytes();
   LF_ASSIGN_OR_RETURN(mine_.held_device_bytes, engine_.backend->memory().PeakHeldBytes());
+  if (engine_.peer_copies) {  // taken for the whole prompt
+    const int64_t shared = engine_.backend->peers()->memory().peak_bytes();
+    mine_.peak_device_bytes += shared;
+    mine_.held_device_bytes += shared;
+  }
   return absl::OkStatus();
 }
 

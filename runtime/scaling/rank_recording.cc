@@ -1,5 +1,6 @@
 #include "runtime/scaling/rank_recording.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <variant>
@@ -7,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "models/transformer.h"
 #include "parallel/index_storage.h"
+#include "runtime/scaling/recorded_peers.h"
 
 namespace longfill {
 namespace {
@@ -41,7 +43,8 @@ class RankRun {
         rank_(rank),
         backend_(device),
         peers_(groups, rank, backend_, traffic),
-        world_(peers_.World()) {}
+        world_(peers_.World()),
+        memory_of_peers_(plan_, rank, backend_, traffic) {}
 
   absl::StatusOr<RankRecording> Run() {
     LF_RETURN_IF_ERROR(Create());
@@ -65,6 +68,15 @@ class RankRun {
     LF_ASSIGN_OR_RETURN(attention_,
                         ParallelAttention::Create(backend_, *world_, plan_.mesh(), geometry,
                                                   {.ctas_beside_exchange = job_.ctas_beside_exchange}));
+    if (!job_.peer_copies || !ParallelAttention::BeginsEarly(plan_.mesh())) return absl::OkStatus();
+    int64_t most_tokens = 0;
+    for (int rank = 0; rank < plan_.mesh().size(); ++rank) {
+      most_tokens = std::max(most_tokens, plan_.NumTokens(rank));
+    }
+    const int64_t bytes = most_tokens * job_.config.num_kv_heads * job_.config.head_dim *
+                          DTypeBytes(backend_.kernels().compute_dtype());
+    const Buffer* const own[] = {&transformer_->keys(), &transformer_->values()};
+    LF_ASSIGN_OR_RETURN(keys_and_values_, memory_of_peers_.Open(own, bytes));
     return absl::OkStatus();
   }
 
@@ -78,7 +90,8 @@ class RankRun {
   }
 
   absl::StatusOr<RecordedSteps> RunLayer(int64_t layer) {
-    LayerParallelism parallel{.index_builder = &*index_builder_, .attention = attention_.get()};
+    LayerParallelism parallel{
+        .index_builder = &*index_builder_, .attention = attention_.get(), .peers = keys_and_values_.get()};
     if (job_.replacement != nullptr) {
       parallel.replace_index = [this](int64_t of, LayerIndex* index) {
         return job_.replacement->Replace(of, index);
@@ -99,8 +112,10 @@ class RankRun {
   RecordedBackend backend_;
   RecordedRank peers_;
   const std::unique_ptr<Communicator> world_;
+  RecordedPeers memory_of_peers_;
   CpuStream host_;
   std::unique_ptr<Transformer> transformer_;
+  std::unique_ptr<PeerMemory> keys_and_values_;  // of all ranks
   std::optional<SparseIndexBuilder> index_builder_;
   std::unique_ptr<ParallelAttention> attention_;
 };

@@ -31,6 +31,8 @@ struct RecordingJob {
   IndexReplacement* replacement = nullptr;
   std::vector<int64_t> layers;   // to run, ascending, not empty
   int ctas_beside_exchange = 0;  // ParallelAttentionOptions
+  // Keys and values come from peers (ParallelAttentionParams), on meshes where they can.
+  bool peer_copies = false;
   std::function<absl::Status()> should_stop;
 };
 

@@ -81,12 +81,20 @@ class Simulation {
     return clocks.next_step > first;
   }
 
-  static void Take(const ScheduleStep& step, Clocks& clocks, RankTimes& times) {
+  void Take(const ScheduleStep& step, Clocks& clocks, RankTimes& times) const {
     switch (step.kind) {
       case ScheduleStep::Kind::kWork:
         clocks.Set(step.stream, clocks.Ready(step.stream) + step.seconds);
         if (step.stream == kMainStream) times.main_work_seconds += step.seconds;
         return;
+      case ScheduleStep::Kind::kPeerCopy: {
+        const auto bytes = static_cast<double>(step.bytes);
+        const double seconds = bytes / (links_.node_gbs * 1e9);
+        clocks.Set(step.stream, clocks.Ready(step.stream) + seconds);
+        times.exchange_seconds += seconds;
+        times.bytes.node += bytes;
+        return;
+      }
       case ScheduleStep::Kind::kRecord:
         clocks.events[step.event] = clocks.Ready(step.stream);
         return;

@@ -23,12 +23,14 @@ struct ScheduleStep {
     kHostWait,  // the host waits for `event`
     kHostSync,  // the host waits for `stream`
     kExchange,  // call number `exchange` of the rank's exchanges, on `stream` or the host
+    kPeerCopy,  // `bytes` from a peer of the rank's node, on `stream`
   };
   Kind kind = Kind::kWork;
   int stream = kMainStream;
   int event = 0;
   int exchange = 0;
   double seconds = 0;
+  int64_t bytes = 0;
 };
 
 struct ScheduledExchange {
@@ -64,7 +66,8 @@ struct ScheduleTimes {
 //   host has given it; giving takes no time;
 // - the n-th call of a group is the n-th of each of its members. It begins when the last of them is there and
 //   the links of all are free: exchanges of one rank do not share its links, but follow one another in the
-//   order given. It ends for all members at once.
+//   order given. It ends for all members at once;
+// - copies from peers come at the rate of the link, beside exchanges, which are small then.
 // Internal, naming rank, group and call: members whose calls differ in kind, or ranks that wait for a call
 // that a peer never makes.
 absl::StatusOr<ScheduleTimes> Simulate(const Schedule& schedule, const LinkRates& links);

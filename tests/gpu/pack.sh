@@ -101,7 +101,10 @@ pack_python() {
 
 # The versions of deploy/python/requirements.txt.
 pack_wheels() {  # NAME...
-  [[ -n $wheel_python ]] || return 0
+  if [[ -z $wheel_python ]]; then
+    say "no --wheel-python: the Python of the other machine must have $*"
+    return 0
+  fi
   local wheels=() platforms=()
   mapfile -t wheels < <(printf '^%s==\n' "$@" | grep -f - "$root/deploy/python/requirements.txt")
   mapfile -t platforms < <(printf -- '--platform=%s\n' manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64)

@@ -167,7 +167,7 @@ TEST_F(EngineOnCuda, RanksWithAGpuEachGiveWhatOneRankGivesOverNccl) {
   if (const absl::Status status = CheckNcclRanks(2); !status.ok()) GTEST_SKIP() << status.message();
   GroupOptions options = Options(GoldenModel("llama-gqa7-tied"), {});
   options.ordinal = -1;
-  options.communicator = {CommunicatorKind::kNccl, NcclTestOptions()};
+  options.communicator = {.kind = CommunicatorKind::kNccl, .nccl = NcclTestOptions()};
   std::vector<Mesh> meshes{{1, 1}, {2, 1}, {1, 2}};
   for (int ranks = 4; CheckNcclRanks(ranks).ok() && ranks <= 8; ranks *= 2) {
     meshes.insert(meshes.end(), {{ranks, 1}, {1, ranks}, {2, ranks / 2}});

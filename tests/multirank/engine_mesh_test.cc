@@ -62,7 +62,7 @@ std::vector<PrefillResult> RunAll(const std::string& backend_name, const Mesh& m
                                       .local_rank = world.rank()},
                            .kv_export = {.num_buffers = 2, .buffer_bytes = 64 << 10}};
   if (backend_name == "nccl" && mesh.size() > 1)
-    options.communicator = {CommunicatorKind::kNccl, NcclTestOptions()};
+    options.communicator = {.kind = CommunicatorKind::kNccl, .nccl = NcclTestOptions()};
   const auto engine = PrefillEngine::Create(options, world, *backend);
   EXPECT_THAT(engine, IsOk());
   if (!engine.ok()) return results;

@@ -1,6 +1,7 @@
 // Attention over a mesh equals attention on one rank, for every pattern and every mesh.
 
 #include "parallel/parallel_attention.h"
+#include "parallel/peer_memory.h"
 
 #include <atomic>
 
@@ -26,10 +27,48 @@ struct Outcome {
   std::vector<PairCounts> pairs;
 };
 
+// A rank's keys and values where its peers read them, and theirs. Nobody frees any before all have left.
+struct SharedKeys {
+  Buffer k, v;
+  std::unique_ptr<PeerMemory> peers;
+  Communicator* group = nullptr;
+
+  absl::Status Open(Communicator& host, Backend& backend, const RankPrompt& mine) {
+    for (const auto& [from, to] : {std::pair(&mine.k, &k), std::pair(&mine.v, &v)}) {
+      const int64_t bytes = from->size_bytes();
+      LF_ASSIGN_OR_RETURN(*to, backend.peers()->memory().Allocate(bytes, "shared"));
+      const Copy2DParams all{.to = to->data(),
+                             .to_pitch = bytes,
+                             .from = from->data(),
+                             .from_pitch = bytes,
+                             .row_bytes = bytes,
+                             .rows = 1};
+      if (bytes > 0) LF_RETURN_IF_ERROR(backend.kernels().Copy2D(all, backend.stream()));
+    }
+    group = &host;
+    const Buffer* const buffers[] = {&k, &v};
+    LF_ASSIGN_OR_RETURN(peers, PeerMemory::Open(host, *backend.peers(), buffers));
+    return absl::OkStatus();
+  }
+  ~SharedKeys() {
+    if (group == nullptr) return;
+    peers.reset();
+    CpuStream stream;
+    LF_EXPECT_OK(group->Barrier(stream));
+  }
+};
+
+// Whether the ranks of `host` read one another's memory.
+bool HavePeers(const std::string& backend_name, Communicator& host) {
+  const auto backend = RankBackend(backend_name, host.rank());
+  return backend.ok() && TryPeerMemory(host, **backend).ok();
+}
+
 absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& host, const Prompt& prompt,
                                  const Mesh& mesh, std::span<const HeadPattern> patterns,
                                  const std::function<bool()>& should_stop = {},
-                                 int64_t predicted_over_real_pairs = 1, int64_t round_bytes = 0) {
+                                 int64_t predicted_over_real_pairs = 1, int64_t round_bytes = 0,
+                                 bool from_peers = false) {
   const ShardPlan plan = prompt.Plan(mesh);
   LF_ASSIGN_OR_RETURN(const auto backend, RankBackend(backend_name, host.rank()));
   LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *backend));
@@ -55,15 +94,23 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
   params.query_rotary = prompt.query_rotary;
   params.out = out.data();
   params.should_stop = should_stop;
+  SharedKeys keys;
+  if (from_peers) {
+    LF_RETURN_IF_ERROR(keys.Open(host, *backend, mine));
+    params.k = mine.View(keys.k);
+    params.v = mine.View(keys.v);
+    params.peers = keys.peers.get();
+  }
   MemoryResource& memory = backend->memory();
   const int64_t before = memory.bytes_in_use();
   memory.ResetPeak();
   if (ParallelAttention::BeginsEarly(mesh)) {
-    LF_RETURN_IF_ERROR(attention->Begin(plan, {.k = params.k, .v = params.v}));
+    LF_RETURN_IF_ERROR(attention->Begin(plan, {.k = params.k, .v = params.v, .peers = params.peers}));
   }
   LF_ASSIGN_OR_RETURN(outcome.stats, attention->Run(plan, params));
   EXPECT_EQ(memory.peak_bytes() - before,
-            ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan, round_bytes));
+            ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan,
+                                         {.round_bytes = round_bytes, .from_peers = from_peers}));
   EXPECT_EQ(memory.bytes_in_use(), before);
   EXPECT_GE(outcome.stats.attention_seconds, 0);
   EXPECT_GE(outcome.stats.communication_seconds, 0);
@@ -92,14 +139,15 @@ class ParallelAttentionTest : public RankBackendTest {
     return largest / (1 << 8);
   }
 
-  // round_bytes: of ParallelAttentionOptions, on the meshes.
+  // round_bytes: of ParallelAttentionOptions, on the meshes. from_peers: those on which keys and values are
+  // read from peers, if the backends can.
   void ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
-                           int64_t round_bytes = 0);
+                           int64_t round_bytes = 0, bool from_peers = false);
   void ExpectWhatWasBegunIsGivenUp(const Prompt& prompt, const Mesh& mesh, Communicator& host);
 };
 
 void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
-                                                int64_t round_bytes) {
+                                                int64_t round_bytes, bool from_peers) {
   LF_ASSERT_OK_AND_ASSIGN(const Outcome expected, AttendAlone(prompt, patterns));
   int64_t all_pairs = 0;
   for (const PairCounts& pairs : expected.pairs) all_pairs += pairs.covered;
@@ -107,12 +155,14 @@ void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<
   const int64_t width = prompt.geometry.num_q_heads * prompt.geometry.head_dim;
   for (const int size : Sizes()) {
     for (const Mesh& mesh : Factorisations(size)) {
+      if (from_peers && !ParallelAttention::BeginsEarly(mesh)) continue;
       const ShardPlan plan = prompt.Plan(mesh);
       OnEveryRank(size, [&](Communicator& world) {
+        if (from_peers && !HavePeers(GetParam(), world)) return;
         SCOPED_TRACE(testing::Message()
                      << prompt.num_tokens << " tokens, mesh " << ToString(mesh) << ", rank " << world.rank());
-        LF_ASSERT_OK_AND_ASSIGN(const Outcome got,
-                                AttendOn(GetParam(), world, prompt, mesh, patterns, {}, 1, round_bytes));
+        LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendOn(GetParam(), world, prompt, mesh, patterns, {}, 1,
+                                                            round_bytes, from_peers));
         double worst = 0;
         int64_t worst_at = 0;
         for (int64_t row = 0; row < plan.NumTokens(world.rank()); ++row) {
@@ -165,6 +215,27 @@ TEST_P(ParallelAttentionTest, EqualsOneRankWithLongerDealtBlocks) {
     ExpectEqualsOneRank(prompt, kinds);
     ExpectEqualsOneRank(prompt, kinds, /*round_bytes=*/1);
   }
+}
+
+TEST_P(ParallelAttentionTest, EqualsOneRankWithKeysAndValuesOfPeers) {
+  OnEveryRank(Sizes().back(), [&](Communicator& world) {
+    const bool have = HavePeers(GetParam(), world);
+    const bool threads = GroupSizes().size() > 1;
+    if (threads || GetParam() != "guarded") {
+      EXPECT_EQ(have, GetParam() != "cpu");
+    }
+  });
+  const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 120}, AShape{7, 70}, BlockShare{3, 0.1}};
+  uint32_t seed = 40;
+  for (const int64_t num_tokens : {0, 1, 129, 1337}) {
+    const Prompt prompt(MakeGeometry(8, 4), num_tokens, ++seed);
+    std::vector<HeadPattern> patterns;
+    for (size_t h = 0; h < 8; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
+    for (const int64_t round_bytes : {0, 1}) ExpectEqualsOneRank(prompt, patterns, round_bytes, true);
+  }
+  Prompt prompt(MakeGeometry(4, 2), 2100, ++seed);
+  prompt.deal_block = 512;
+  ExpectEqualsOneRank(prompt, kinds, /*round_bytes=*/1, true);
 }
 
 TEST_P(ParallelAttentionTest, EqualsOneRankForMixedPatternsAndEveryHeadRatio) {

@@ -57,8 +57,9 @@ absl::StatusOr<Outcome> WatchOn(const std::string& backend_name, Communicator& h
                                             .out = out.data(),
                                             .sampled = monitor.positions()}));
   EXPECT_EQ(memory.peak_bytes() - before,
-            ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan, round_bytes,
-                                         static_cast<int64_t>(monitor.positions().size())));
+            ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan,
+                                         {.round_bytes = round_bytes,
+                                          .num_sampled = static_cast<int64_t>(monitor.positions().size())}));
   Outcome outcome;
   LF_ASSIGN_OR_RETURN(outcome.recall, monitor.Recall(stats.sampled_lse));
   for (const IndexView& view : index.heads) {

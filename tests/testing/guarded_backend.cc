@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -11,7 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "kernels/base/thread_pool.h"
 #include "kernels/cpu/cpu_kernel_set.h"
 
@@ -309,6 +312,68 @@ class GuardedKernelSet final : public KernelSet {
   const std::unique_ptr<KernelSet> cpu_;
 };
 
+// Memory that threads of other ranks read, so that nothing guards it; its bytes are of the device all the
+// same.
+class SharedGuardedMemory final : public MemoryResource {
+ public:
+  SharedGuardedMemory(int64_t limit_bytes, MemoryResource& guarded, std::shared_ptr<SharedDevice> device)
+      : limit_bytes_(limit_bytes), guarded_(guarded), device_(std::move(device)) {}
+
+ private:
+  void* DoAllocate(int64_t size_bytes) override {
+    if (limit_bytes_ > 0 && guarded_.bytes_in_use() + bytes_in_use() + size_bytes > limit_bytes_)
+      return nullptr;
+    if (device_->lost) return nullptr;
+    if (device_->held_bytes + size_bytes > device_->memory_bytes) guarded_.Trim().IgnoreError();
+    if ((device_->held_bytes += size_bytes) > device_->memory_bytes) {
+      device_->held_bytes -= size_bytes;
+      return nullptr;
+    }
+    void* const data = std::malloc(static_cast<size_t>(size_bytes));
+    std::memset(data, 0x7F, static_cast<size_t>(size_bytes));
+    return data;
+  }
+  void DoDeallocate(void* data, int64_t size_bytes) override {
+    device_->held_bytes -= size_bytes;
+    std::free(data);
+  }
+  absl::Status DeviceHealth() const override {
+    return device_->lost ? absl::InternalError("the device is lost") : absl::OkStatus();
+  }
+
+  const int64_t limit_bytes_;
+  MemoryResource& guarded_;
+  const std::shared_ptr<SharedDevice> device_;
+};
+
+// Handles are addresses, for this process alone.
+class GuardedPeers final : public PeerAccess {
+ public:
+  GuardedPeers(int64_t limit_bytes, GuardedKernelSet& kernels, std::shared_ptr<SharedDevice> device)
+      : kernels_(kernels), memory_(limit_bytes, kernels.memory(), std::move(device)) {}
+
+  MemoryResource& memory() override { return memory_; }
+  absl::StatusOr<std::string> Handle(const Buffer& buffer) override {
+    return absl::StrCat(getpid(), ":", reinterpret_cast<uintptr_t>(buffer.data()));
+  }
+  absl::StatusOr<const void*> Open(std::string_view handle) override {
+    const std::vector<std::string> parts =
+        absl::StrSplit(absl::string_view(handle.data(), handle.size()), ':');
+    uintptr_t address = 0;
+    if (parts[0] != absl::StrCat(getpid())) return absl::FailedPreconditionError("it is of another process");
+    LF_CHECK(absl::SimpleAtoi(parts[1], &address));
+    return reinterpret_cast<const void*>(address);  // NOLINT(performance-no-int-to-ptr)
+  }
+  absl::Status Close(const void*) override { return absl::OkStatus(); }
+  absl::Status Copy(const Copy2DParams& params, Stream& stream) override {
+    return kernels_.Copy2D(params, stream);
+  }
+
+ private:
+  GuardedKernelSet& kernels_;
+  SharedGuardedMemory memory_;
+};
+
 class GuardedBackend final : public Backend {
  public:
   explicit GuardedBackend(GuardedOptions options)
@@ -318,7 +383,8 @@ class GuardedBackend final : public Backend {
                .memory_bytes = device_->memory_bytes,
                .free_bytes_before = device_->memory_bytes - device_->held_bytes},
         memory_(options.limit_bytes, device_),
-        kernels_(pool_, memory_, std::move(options.fault)) {}
+        kernels_(pool_, memory_, std::move(options.fault)),
+        peers_(options.limit_bytes, kernels_, device_) {}
 
   const DeviceFacts& facts() const override { return facts_; }
   KernelSet& kernels() override { return kernels_; }
@@ -332,6 +398,7 @@ class GuardedBackend final : public Backend {
     LF_ASSIGN_OR_RETURN(const int64_t idle_bytes, memory_.IdleBytes());
     return device_->memory_bytes - device_->held_bytes + idle_bytes;
   }
+  PeerAccess* peers() override { return &peers_; }
   absl::Status Health() override {
     return device_->lost ? absl::InternalError("it has fallen off the bus") : absl::OkStatus();
   }
@@ -343,6 +410,7 @@ class GuardedBackend final : public Backend {
   GuardedMemory memory_;
   CpuMemoryResource host_memory_;
   GuardedKernelSet kernels_;
+  GuardedPeers peers_;
   GuardedStream stream_;
 };
 

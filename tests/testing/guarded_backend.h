@@ -14,6 +14,7 @@ namespace longfill {
 // A device that several backends of a test share, as processes share a GPU. A backend holds what it has freed
 // until it is trimmed.
 struct SharedDevice {
+  explicit SharedDevice(int64_t bytes) : memory_bytes(bytes) {}
   const int64_t memory_bytes;
   std::atomic<int64_t> held_bytes{0};  // by all backends
   std::atomic<bool> lost{false};       // it answers nothing that it is asked about itself
@@ -26,9 +27,10 @@ struct GuardedOptions {
       nullptr;  // asked before each kernel, by its name
 };
 
-// The CPU kernels behind what is hard about a GPU: it says that it is one, its memory starts with garbage and
-// can be touched by its kernels only (anything else ends the test with SIGSEGV, as do accesses behind an
-// allocation), and what CopyOut writes arrives once somebody has waited for it. Thread-safe as a GPU is.
+// The CPU kernels behind what is hard about a GPU: it says that it is one, whose peers are others in this
+// process, its memory starts with garbage and can be touched by its kernels only (anything else ends the test
+// with SIGSEGV, as do accesses behind an allocation), and what CopyOut writes arrives once somebody has
+// waited for it. Thread-safe as a GPU is.
 std::unique_ptr<Backend> CreateGuardedBackend(GuardedOptions options = {});
 
 // The plain CPU backend with one thread and such a limit.

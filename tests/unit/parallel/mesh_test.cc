@@ -127,15 +127,15 @@ TEST(ShardPlan, BlocksAreAsLongAsLeavesEveryRankEnoughOfThem) {
   const auto block = [](int ranks, int64_t num_tokens) {
     return ShardPlan({ranks, 1}, num_tokens).deal_block();
   };
-  EXPECT_EQ(block(2, 2 * 2 * 128 * 128 - 1), 128);
-  EXPECT_EQ(block(2, 2 * 2 * 128 * 128), 256);
-  EXPECT_EQ(block(8, 131072), 128);
-  EXPECT_EQ(block(8, 1 << 20), 1024);
-  EXPECT_EQ(block(16, 1 << 20), 512);
-  EXPECT_EQ(block(1, int64_t{1} << 30), 1024);
-  EXPECT_EQ(ShardPlan({2, 4}, 1 << 19).deal_block(), 512);
+  EXPECT_EQ(block(2, 2 * 2 * 128 * 64 - 1), 128);
+  EXPECT_EQ(block(2, 2 * 2 * 128 * 64), 256);
+  EXPECT_EQ(block(8, 131072), 256);
+  EXPECT_EQ(block(8, 1 << 20), 2048);
+  EXPECT_EQ(block(16, 1 << 20), 1024);
+  EXPECT_EQ(block(1, int64_t{1} << 30), 4096);
+  EXPECT_EQ(ShardPlan({2, 4}, 1 << 19).deal_block(), 1024);
   const ShardPlan prefix = ShardPlan({8, 1}, 1 << 20).Prefix(1000);
-  EXPECT_EQ(prefix.deal_block(), 1024);
+  EXPECT_EQ(prefix.deal_block(), 2048);
   EXPECT_EQ(prefix.num_tokens(), 1000);
 }
 

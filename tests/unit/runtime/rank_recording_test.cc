@@ -274,6 +274,34 @@ TEST_F(RankRecordings, MoveTheBytesThatTheMeshSays) {
   EXPECT_EQ(figures.bytes.network, 0);
 }
 
+TEST_F(RankRecordings, ReadFromPeersTheBytesThatTheMeshSays) {
+  RecordingJob job = Job();
+  job.peer_copies = true;
+  for (const Mesh& mesh : {Mesh{2, 1}, Mesh{3, 1}, Mesh{2, 2}}) {
+    MeshGroups groups(mesh);
+    LF_ASSERT_OK_AND_ASSIGN(const std::vector<RankRecording> recordings,
+                            RecordRanks(job, mesh, groups, *device_, nullptr));
+    const ShardPlan plan(mesh, kNumTokens);
+    for (int rank = 0; rank < mesh.size(); ++rank) {
+      for (const RecordedSteps& layer : recordings[static_cast<size_t>(rank)].layers) {
+        int64_t read = 0, gathered = 0, waits = 0;
+        for (const ScheduleStep& step : layer.schedule.steps) {
+          if (step.kind == ScheduleStep::Kind::kPeerCopy) read += step.bytes;
+        }
+        for (const ScheduledExchange& exchange : layer.schedule.exchanges) {
+          gathered += exchange.call.kind == ExchangeKind::kAllGather && exchange.group != 0;
+          waits += exchange.call.kind == ExchangeKind::kAllReduce && exchange.group != 0;
+        }
+        const int64_t of_others =
+            2 * (kNumTokens - plan.NumTokens(rank)) * config_.num_kv_heads * config_.head_dim * 4;
+        EXPECT_EQ(read, mesh.head == 1 ? of_others : 0) << ToString(mesh) << ", rank " << rank;
+        EXPECT_EQ(gathered > 0, mesh.head > 1) << ToString(mesh);
+        EXPECT_EQ(waits, mesh.head == 1 ? 2 : 0) << ToString(mesh) << ": before it reads, and after";
+      }
+    }
+  }
+}
+
 TEST_F(RankRecordings, OfOneRankTakeNoLongerThanItTook) {
   MeshGroups groups(Mesh{1, 1});
   const auto begin = std::chrono::steady_clock::now();

@@ -48,6 +48,9 @@ class Steps {
                      .sent = std::vector<int64_t>(static_cast<size_t>(num_ranks), bytes)},
                     group);
   }
+  Steps& Copy(int stream, double gigabytes) {
+    return Add({.kind = Kind::kPeerCopy, .stream = stream, .bytes = static_cast<int64_t>(gigabytes * 1e9)});
+  }
   Steps& Agree() { return Exchange(kHostStream, {.kind = ExchangeKind::kAllReduce, .bytes = 0}); }
 
   RankSchedule rank;
@@ -110,6 +113,25 @@ TEST(Schedule, AnExchangeBeginsWithItsLastMember) {
   EXPECT_THAT(times.ranks[1].end_seconds, DoubleNear(5, kEpsilon));
   EXPECT_THAT(times.ranks[0].exchange_seconds, DoubleNear(2, kEpsilon));
   EXPECT_THAT(times.ranks[0].bytes.node, DoubleNear(2e9, 1));
+}
+
+TEST(Schedule, CopiesFromPeersTakeTheLinkAndNobodyElse) {
+  // 2 GB until 2 beside work until 3; the peer waits for nobody.
+  Steps reads;
+  reads.Copy(kBeside, 2)
+      .Record(kBeside, 0)
+      .Work(0, 3)
+      .Wait(0, 0)
+      .Copy(kBeside, 4)
+      .Record(kBeside, 1)
+      .Wait(0, 1);
+  LF_ASSERT_OK_AND_ASSIGN(ScheduleTimes times, Simulate(Of({reads, Steps().Work(0, 1)}), OneGigabyte()));
+  EXPECT_THAT(times.ranks[0].end_seconds, DoubleNear(6, kEpsilon));
+  EXPECT_THAT(times.ranks[0].exchange_seconds, DoubleNear(6, kEpsilon));
+  EXPECT_THAT(times.ranks[0].bytes.node, DoubleNear(6e9, 1));
+  EXPECT_THAT(times.ranks[1].end_seconds, DoubleNear(1, kEpsilon));
+  LF_ASSERT_OK_AND_ASSIGN(times, Simulate(Of({reads, Steps().Work(0, 1)}), LinkRates::Instant()));
+  EXPECT_THAT(times.ranks[0].end_seconds, DoubleNear(3, kEpsilon));
 }
 
 // Two rounds as ParallelAttention enqueues them: the exchange of the second runs beside attention of the

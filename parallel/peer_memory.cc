@@ -1,0 +1,101 @@
+#include "parallel/peer_memory.h"
+
+#include <cstdint>
+
+#include "absl/strings/str_cat.h"
+
+namespace longfill {
+
+absl::StatusOr<std::unique_ptr<PeerMemory>> PeerMemory::Open(Communicator& group, PeerAccess& access,
+                                                             std::span<const Buffer* const> buffers) {
+  CpuStream host;
+  absl::Status mine;
+  std::vector<std::string> handles;  // of this rank's buffers, then of all ranks'
+  for (const Buffer* buffer : buffers) {
+    absl::StatusOr<std::string> handle = access.Handle(*buffer);
+    mine.Update(handle.status());
+    handles.push_back(handle.ok() ? *std::move(handle) : std::string());
+  }
+  LF_RETURN_IF_ERROR(AgreeOnStatus(group, mine, host));
+  std::vector<std::string> all(static_cast<size_t>(group.size()) * buffers.size());
+  for (size_t b = 0; b < buffers.size(); ++b) {
+    LF_ASSIGN_OR_RETURN(std::vector<std::string> of_ranks, AllGatherStrings(group, handles[b], host));
+    for (size_t m = 0; m < of_ranks.size(); ++m) all[m * buffers.size() + b] = std::move(of_ranks[m]);
+  }
+  auto peers = std::make_unique<PeerMemory>(access, std::vector<std::vector<const void*>>());
+  LF_RETURN_IF_ERROR(AgreeOnStatus(group, peers->OpenAll(all, buffers.size(), group.rank(), buffers), host));
+  return peers;
+}
+
+absl::Status PeerMemory::OpenAll(std::span<const std::string> handles, size_t num_buffers, int own,
+                                 std::span<const Buffer* const> buffers) {
+  const size_t size = handles.size() / num_buffers;
+  for (size_t m = 0; m < size; ++m) {
+    places_.emplace_back();
+    for (size_t b = 0; b < num_buffers; ++b) {
+      if (static_cast<int>(m) == own) {
+        places_.back().push_back(buffers[b]->data());
+        continue;
+      }
+      absl::StatusOr<const void*> place = access_.Open(handles[m * num_buffers + b]);
+      if (!place.ok()) return Annotate(place.status(), absl::StrCat("of rank ", m));
+      places_.back().push_back(*place);
+      opened_.push_back(*place);
+    }
+  }
+  return absl::OkStatus();
+}
+
+PeerMemory::~PeerMemory() {
+  // An error is one of a lost device, which whoever uses it reports.
+  for (const void* opened : opened_) access_.Close(opened).IgnoreError();
+}
+
+absl::Status TryPeerMemory(Communicator& group, Backend& backend) {
+  CpuStream host;
+  PeerAccess* const access = backend.peers();
+  LF_RETURN_IF_ERROR(AgreeOnStatus(
+      group,
+      access != nullptr ? absl::OkStatus()
+                        : absl::FailedPreconditionError(backend.facts().name + " lends no memory to peers"),
+      host));
+  const int64_t word = group.rank();
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(word));
+  Buffer own, received;
+  const auto write = [&]() -> absl::Status {
+    LF_ASSIGN_OR_RETURN(own, access->memory().Allocate(kBytes, "a word for peers"));
+    LF_ASSIGN_OR_RETURN(received, backend.memory().Allocate(kBytes * group.size(), "words of peers"));
+    LF_RETURN_IF_ERROR(backend.kernels().CopyIn(own.data(), &word, kBytes, backend.stream()));
+    return backend.stream().Sync();
+  };
+  LF_RETURN_IF_ERROR(AgreeOnStatus(group, write(), host));
+  const Buffer* const buffers[] = {&own};
+  LF_ASSIGN_OR_RETURN(std::unique_ptr<PeerMemory> peers, PeerMemory::Open(group, *access, buffers));
+  const auto read = [&]() -> absl::Status {
+    std::vector<int64_t> words(static_cast<size_t>(group.size()));
+    for (int m = 0; m < group.size(); ++m) {
+      LF_RETURN_IF_ERROR(access->Copy({.to = received.as<int64_t>() + m,
+                                       .to_pitch = kBytes,
+                                       .from = peers->At(m, 0),
+                                       .from_pitch = kBytes,
+                                       .row_bytes = kBytes,
+                                       .rows = 1},
+                                      backend.stream()));
+    }
+    LF_RETURN_IF_ERROR(backend.stream().Sync());
+    LF_RETURN_IF_ERROR(
+        backend.kernels().CopyOut(words.data(), received.data(), received.size_bytes(), backend.stream()));
+    LF_RETURN_IF_ERROR(backend.stream().Sync());
+    for (int m = 0; m < group.size(); ++m) {
+      if (words[static_cast<size_t>(m)] != m) {
+        return absl::InternalError(absl::StrCat("read ", words[static_cast<size_t>(m)], " of rank ", m));
+      }
+    }
+    return absl::OkStatus();
+  };
+  const absl::Status readable = read();
+  peers.reset();
+  return AgreeOnStatus(group, readable, host);  // after which nobody reads this rank's word
+}
+
+}  // namespace longfill
