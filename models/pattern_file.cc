@@ -21,6 +21,7 @@ constexpr std::string_view kAShapeType = "stream_llm";
 constexpr std::string_view kBlockSparseType = "block_sparse";
 constexpr std::string_view kOwnKey = "longfill";
 constexpr int64_t kOwnVersion = 1;
+constexpr int64_t kOwnVersionWithShorter = 2;
 constexpr JsonLimits kJsonLimits = {.max_depth = 12, .max_values = 2'000'000};
 constexpr double kMaxRecall = 1.001;  // what rounding may make of 1: the published files have up to 1.0003
 
@@ -111,20 +112,27 @@ bool IsSha256(std::string_view text) {
   return text.size() == 64 && text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
 }
 
+// `json` is an object whose keys are exactly `keys`.
+absl::Status CheckObject(const Json& json, std::string_view what, std::span<const char* const> keys) {
+  const std::string name(what);
+  if (!json.is_object()) return Invalid(absl::StrCat(name, " is ", Shown(json), ", expected an object"));
+  for (const char* key : keys) {
+    if (!json.contains(key)) return Invalid(absl::StrCat(name, " has no ", key));
+  }
+  for (const auto& [key, value] : json.items()) {
+    if (std::find(keys.begin(), keys.end(), key) == keys.end()) {
+      return Invalid(absl::StrCat(name, " has an unknown key ", QuoteForMessage(key)));
+    }
+  }
+  return absl::OkStatus();
+}
+
 // The object under `key`, whose keys are exactly `keys`.
 absl::StatusOr<const Json*> ObjectAt(const Json& parent, const char* key,
                                      std::initializer_list<const char*> keys) {
   const auto found = parent.find(key);
   if (found == parent.end()) return Invalid(absl::StrCat("has no ", key));
-  if (!found->is_object()) return Invalid(absl::StrCat(key, " is ", Shown(*found), ", expected an object"));
-  for (const char* name : keys) {
-    if (!found->contains(name)) return Invalid(absl::StrCat(key, " has no ", name));
-  }
-  for (const auto& [name, value] : found->items()) {
-    if (std::find(keys.begin(), keys.end(), name) == keys.end()) {
-      return Invalid(absl::StrCat(key, " has an unknown key ", QuoteForMessage(name)));
-    }
-  }
+  LF_RETURN_IF_ERROR(CheckObject(*found, key, keys));
   return &*found;
 }
 
@@ -184,6 +192,52 @@ absl::Status CheckRecalls(const PatternSet& patterns) {
   return absl::OkStatus();
 }
 
+absl::Status ParseExactObject(const Json& exact, PatternSet* patterns) {
+  if (!exact.is_object()) return Invalid(absl::StrCat("exact is ", Shown(exact), ", expected an object"));
+  LF_RETURN_IF_ERROR(ParseExact(exact, patterns));
+  return CheckRecalls(*patterns);
+}
+
+absl::StatusOr<PatternSet> ParseLayers(const Json& list, int64_t num_layers, int64_t num_heads) {
+  PatternSet patterns = PatternSet::Uniform(kUnlistedHeadPattern, num_layers, num_heads);
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    LF_RETURN_IF_ERROR(Annotate(ParseLayer(list[layer], layer, &patterns), absl::StrCat("layer ", layer)));
+  }
+  return patterns;
+}
+
+// Of one set for shorter prompts, behind those that `patterns` has.
+absl::Status ParseOneShorter(const Json& json, PatternSet* patterns) {
+  constexpr const char* kKeys[] = {"max_tokens", "layers", "exact"};
+  LF_RETURN_IF_ERROR(CheckObject(json, "it", kKeys));
+  LF_ASSIGN_OR_RETURN(const int64_t max_tokens, ParseSize(json.at("max_tokens"), "max_tokens"));
+  const int64_t before =
+      patterns->num_shorter() > 0 ? patterns->max_tokens_of(patterns->num_shorter() - 1) : 0;
+  if (max_tokens <= before) {
+    return Invalid(absl::StrCat("max_tokens ", max_tokens, " is not above ", before));
+  }
+  const Json& layers = json.at("layers");
+  if (!layers.is_array() || std::ssize(layers) != patterns->num_layers()) {
+    return Invalid(absl::StrCat("layers is ", Shown(layers), ", expected a list of ", patterns->num_layers(),
+                                " layers"));
+  }
+  LF_ASSIGN_OR_RETURN(PatternSet shorter, ParseLayers(layers, patterns->num_layers(), patterns->num_heads()));
+  LF_RETURN_IF_ERROR(ParseExactObject(json.at("exact"), &shorter));
+  shorter.set_provenance(patterns->provenance());
+  patterns->AddShorter(max_tokens, std::move(shorter));
+  return absl::OkStatus();
+}
+
+absl::Status ParseShorter(const Json& list, PatternSet* patterns) {
+  if (!list.is_array() || list.empty()) {
+    return Invalid(absl::StrCat("shorter is ", Shown(list), ", expected a list of pattern sets"));
+  }
+  for (size_t i = 0; i < list.size(); ++i) {
+    LF_RETURN_IF_ERROR(Annotate(ParseOneShorter(list[i], patterns), absl::StrCat("shorter: set ", i)));
+  }
+  return absl::OkStatus();
+}
+
 // The object behind the layers of our own form, onto the patterns of the layers.
 absl::Status ParseOwn(const Json& json, PatternSet* patterns) {
   const auto own = json.find(std::string(kOwnKey));
@@ -192,13 +246,13 @@ absl::Status ParseOwn(const Json& json, PatternSet* patterns) {
   }
   const auto version = own->find("version");
   if (version == own->end() || !version->is_number_integer()) return Invalid("has no whole number version");
-  if (*version != kOwnVersion) {
-    return absl::UnimplementedError(
-        absl::StrCat("has version ", version->dump(), ", this program reads ", kOwnVersion));
+  if (*version != kOwnVersion && *version != kOwnVersionWithShorter) {
+    return absl::UnimplementedError(absl::StrCat("has version ", version->dump(), ", this program reads ",
+                                                 kOwnVersion, " and ", kOwnVersionWithShorter));
   }
-  LF_RETURN_IF_ERROR(
-      ObjectAt(json, kOwnKey.data(), {"version", "model", "calibration", "search", "score", "exact"})
-          .status());
+  std::vector<const char*> keys = {"version", "model", "calibration", "search", "score", "exact"};
+  if (*version == kOwnVersionWithShorter) keys.push_back("shorter");
+  LF_RETURN_IF_ERROR(CheckObject(*own, kOwnKey, keys));
   LF_ASSIGN_OR_RETURN(const Json* model, ObjectAt(*own, "model", {"name", "fingerprint"}));
   LF_ASSIGN_OR_RETURN(const Json* calibration, ObjectAt(*own, "calibration", {"sha256"}));
   PatternProvenance provenance;
@@ -211,12 +265,9 @@ absl::Status ParseOwn(const Json& json, PatternSet* patterns) {
   if (own->at("score") != "recall") {
     return Invalid(absl::StrCat("score is ", Shown(own->at("score")), ", expected 'recall'"));
   }
-  const Json& exact = own->at("exact");
-  if (!exact.is_object()) return Invalid(absl::StrCat("exact is ", Shown(exact), ", expected an object"));
-  LF_RETURN_IF_ERROR(ParseExact(exact, patterns));
-  LF_RETURN_IF_ERROR(CheckRecalls(*patterns));
+  LF_RETURN_IF_ERROR(ParseExactObject(own->at("exact"), patterns));
   patterns->set_provenance(std::move(provenance));
-  return absl::OkStatus();
+  return *version == kOwnVersion ? absl::OkStatus() : ParseShorter(own->at("shorter"), patterns);
 }
 
 absl::StatusOr<Json> FormatHead(const HeadPattern& pattern, std::optional<double> score) {
@@ -252,6 +303,24 @@ void PatternSet::Set(int64_t layer, int64_t head, const HeadPattern& pattern, st
   scores_[layer * num_heads_ + head] = score;
 }
 
+const PatternSet& PatternSet::For(int64_t num_tokens) const {
+  const auto fits = std::ranges::find_if(max_tokens_, [&](int64_t most) { return num_tokens <= most; });
+  return fits == max_tokens_.end() ? *this : shorter_[static_cast<size_t>(fits - max_tokens_.begin())];
+}
+
+void PatternSet::AddShorter(int64_t max_tokens, PatternSet patterns) {
+  LF_CHECK(patterns.num_layers() == num_layers_ && patterns.num_heads() == num_heads_);
+  LF_CHECK(patterns.shorter_.empty() && (max_tokens_.empty() || max_tokens > max_tokens_.back()));
+  max_tokens_.push_back(max_tokens);
+  shorter_.push_back(std::move(patterns));
+}
+
+bool operator==(const PatternSet& a, const PatternSet& b) {
+  return a.num_layers_ == b.num_layers_ && a.num_heads_ == b.num_heads_ && a.patterns_ == b.patterns_ &&
+         a.scores_ == b.scores_ && a.provenance_ == b.provenance_ && a.max_tokens_ == b.max_tokens_ &&
+         a.shorter_ == b.shorter_;
+}
+
 absl::StatusOr<PatternSet> ParsePatterns(std::string_view text, std::string_view source, int64_t num_layers,
                                          int64_t num_heads) {
   LF_ASSIGN_OR_RETURN(const Json json, ParseJson(text, source, kJsonLimits));
@@ -266,11 +335,9 @@ absl::StatusOr<PatternSet> ParsePatterns(std::string_view text, std::string_view
     return Invalid(
         absl::StrCat(name, ": has patterns for ", listed_layers, " layers, expected ", num_layers));
   }
-  PatternSet patterns = PatternSet::Uniform(kUnlistedHeadPattern, num_layers, num_heads);
-  for (int64_t layer = 0; layer < num_layers; ++layer) {
-    LF_RETURN_IF_ERROR(
-        Annotate(ParseLayer(json[layer], layer, &patterns), absl::StrCat(name, ": layer ", layer)));
-  }
+  absl::StatusOr<PatternSet> parsed = ParseLayers(json, num_layers, num_heads);
+  if (!parsed.ok()) return Annotate(parsed.status(), name);
+  PatternSet patterns = *std::move(parsed);
   if (own) LF_RETURN_IF_ERROR(Annotate(ParseOwn(json.back(), &patterns), absl::StrCat(name, ": longfill")));
   return patterns;
 }
@@ -281,6 +348,32 @@ absl::StatusOr<PatternSet> LoadPatternFile(const std::string& path, int64_t num_
 }
 
 namespace {
+
+Json FormatExact(const PatternSet& patterns) {
+  Json exact = Json::object();
+  for (int64_t layer = 0; layer < patterns.num_layers(); ++layer) {
+    for (int64_t head = 0; head < patterns.num_heads(); ++head) {
+      const HeadPattern& pattern = patterns.at(layer, head);
+      if (StandIn(pattern) == pattern) continue;
+      exact[absl::StrCat(layer)][absl::StrCat(head)] = ToString(pattern);
+    }
+  }
+  return exact;
+}
+
+absl::StatusOr<Json> FormatShorter(const PatternSet& patterns) {
+  LF_RETURN_IF_ERROR(CheckRecalls(patterns));
+  Json layers = Json::array();
+  for (int64_t layer = 0; layer < patterns.num_layers(); ++layer) {
+    Json heads = Json::object();
+    for (int64_t head = 0; head < patterns.num_heads(); ++head) {
+      LF_ASSIGN_OR_RETURN(heads[absl::StrCat(head)],
+                          FormatHead(StandIn(patterns.at(layer, head)), patterns.score(layer, head)));
+    }
+    layers.push_back(std::move(heads));
+  }
+  return Json{{"layers", std::move(layers)}, {"exact", FormatExact(patterns)}};
+}
 
 // The object behind the layers.
 absl::StatusOr<std::string> FormatOwn(const PatternSet& patterns) {
@@ -293,21 +386,18 @@ absl::StatusOr<std::string> FormatOwn(const PatternSet& patterns) {
   LF_ASSIGN_OR_RETURN(const Json search, ParseJson(provenance.search_json, "search settings"));
   if (!search.is_object()) return Invalid("search settings are not a JSON object");
   LF_RETURN_IF_ERROR(CheckRecalls(patterns));
-  Json exact = Json::object();
-  for (int64_t layer = 0; layer < patterns.num_layers(); ++layer) {
-    for (int64_t head = 0; head < patterns.num_heads(); ++head) {
-      const HeadPattern& pattern = patterns.at(layer, head);
-      if (StandIn(pattern) == pattern) continue;
-      exact[absl::StrCat(layer)][absl::StrCat(head)] = ToString(pattern);
-    }
+  Json own = {{"version", patterns.num_shorter() > 0 ? kOwnVersionWithShorter : kOwnVersion},
+              {"model", {{"name", provenance.model_name}, {"fingerprint", provenance.model_fingerprint}}},
+              {"calibration", {{"sha256", provenance.calibration_sha256}}},
+              {"search", search},
+              {"score", "recall"},
+              {"exact", FormatExact(patterns)}};
+  for (int64_t i = 0; i < patterns.num_shorter(); ++i) {
+    absl::StatusOr<Json> shorter = FormatShorter(patterns.shorter(i));
+    if (!shorter.ok()) return Annotate(shorter.status(), absl::StrCat("shorter: set ", i));
+    (*shorter)["max_tokens"] = patterns.max_tokens_of(i);
+    own["shorter"].push_back(*std::move(shorter));
   }
-  const Json own = {
-      {"version", kOwnVersion},
-      {"model", {{"name", provenance.model_name}, {"fingerprint", provenance.model_fingerprint}}},
-      {"calibration", {{"sha256", provenance.calibration_sha256}}},
-      {"search", search},
-      {"score", "recall"},
-      {"exact", exact}};
   Json object = Json::object();
   object[std::string(kOwnKey)] = own;
   return object.dump(-1, ' ', false, Json::error_handler_t::replace);

@@ -21,7 +21,10 @@
 // calibrated on. "search" has the settings of the search, in any form. Scores are recalls in [0, 1]. "exact"
 // maps layer and head to a pattern, as ParseHeadPattern reads it, where the published form has no words for
 // it; the list has a stand-in there: block_sparse for BlockSparse{K}, else vertical_and_slash 1000 / 6096.
-// All keys are required, and no others are known.
+// All keys are required, and no others are known but, in version 2, this one:
+//     "shorter": [{"max_tokens": 65536, "layers": [...], "exact": {...}}, ...]
+// Patterns for shorter prompts, each for those of at most so many tokens, ascending; longer prompts have the
+// patterns of the list itself. "layers" has the published form.
 
 #include <cstdint>
 #include <optional>
@@ -68,11 +71,19 @@ class PatternSet {
   }
   void Set(int64_t layer, int64_t head, const HeadPattern& pattern,
            std::optional<double> score = std::nullopt);
+  // Of a file with sets for shorter prompts: that of a prompt of so many tokens, which is part of this one;
+  // else this one.
+  const PatternSet& For(int64_t num_tokens) const;
+  int64_t num_shorter() const { return static_cast<int64_t>(shorter_.size()); }
+  int64_t max_tokens_of(int64_t shorter) const { return max_tokens_[shorter]; }
+  const PatternSet& shorter(int64_t number) const { return shorter_[number]; }
+  // For prompts of at most so many tokens, more than those of the sets before; of the same shape.
+  void AddShorter(int64_t max_tokens, PatternSet patterns);
   // Of a file of our own form, whose scores are recalls; absent for the published form.
   const std::optional<PatternProvenance>& provenance() const { return provenance_; }
   void set_provenance(std::optional<PatternProvenance> provenance) { provenance_ = std::move(provenance); }
 
-  friend bool operator==(const PatternSet&, const PatternSet&) = default;
+  friend bool operator==(const PatternSet& a, const PatternSet& b);
 
  private:
   int64_t num_layers_ = 0;
@@ -80,6 +91,8 @@ class PatternSet {
   std::vector<HeadPattern> patterns_;          // [num_layers, num_heads], each has passed Validate
   std::vector<std::optional<double>> scores_;  // [num_layers, num_heads]
   std::optional<PatternProvenance> provenance_;
+  std::vector<int64_t> max_tokens_;  // of shorter_
+  std::vector<PatternSet> shorter_;
 };
 
 // From either form, for a model of num_layers and num_heads query heads. InvalidArgument names `source`,

@@ -291,6 +291,10 @@ void AddTargets(CLI::App& app, SearchCommandOptions& options) {
       ->type_name("N,...")
       ->delimiter(',')
       ->check(AtLeast(1));
+  app.add_flag(
+      "--per-length", options.per_length,
+      "patterns of their own for each of these lengths (default: all of the prompts), each found on\n"
+      "the prompts of that length; a prompt between two takes those of the nearer one by ratio");
 }
 
 }  // namespace

@@ -37,8 +37,9 @@ struct SearchCommandOptions {
   double head_recall = 0;  // 0: not given
   std::string value = "end";
   std::string coverage = "tiles";
-  std::vector<int64_t> target_tokens;  // empty: the longest sample's
-  int64_t max_rows = 0;                // 0: kDefaultSearchRows
+  std::vector<int64_t> target_tokens;  // empty: the longest sample's; per_length: those of all samples
+  bool per_length = false;
+  int64_t max_rows = 0;  // 0: kDefaultSearchRows
   int64_t calibration_layers = 2;
   int runs = 0;  // 0: 3 of a calibration, 1 of an evaluation
   bool json = false;

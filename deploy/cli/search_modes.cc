@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <span>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -246,10 +248,10 @@ absl::Status CheckGivenCosts(const SearchCommandOptions& options, const SearchIn
 }
 
 // Rank 0 makes it before the others look.
-absl::StatusOr<std::optional<SearchState>> OpenState(const SearchCommandOptions& options,
-                                                     const Json& settings, World& world) {
-  if (options.out.empty()) return std::optional<SearchState>();
-  const std::string directory = options.out + ".state";
+absl::StatusOr<std::optional<SearchState>> OpenState(const std::string& out, const Json& settings,
+                                                     World& world) {
+  if (out.empty()) return std::optional<SearchState>();
+  const std::string directory = out + ".state";
   absl::StatusOr<SearchState> state = absl::InternalError("not opened yet");
   for (const bool first : {true, false}) {
     const bool mine = first == (world.rank() == 0);
@@ -259,19 +261,135 @@ absl::StatusOr<std::optional<SearchState>> OpenState(const SearchCommandOptions&
   return std::optional<SearchState>(*std::move(state));
 }
 
+// One search, of all samples or of those of one length.
+struct Found {  // NOLINT(bugprone-exception-escape): a Json that is moved throws nothing
+  SearchOptions search;
+  Json settings, figures;
+  SearchResult result;
+  std::optional<SearchState> state;  // until the result is written
+  double seconds = 0;
+};
+
+// `out`: what its state is named after; empty: it keeps none.
+absl::StatusOr<Found> SearchOnce(const SearchCommandOptions& options, const SearchInput& input,
+                                 const LoadedModel& model, const SamplePassOptions& pass, World& world,
+                                 const std::string& out) {
+  const Clock::time_point start = Clock::now();
+  Found found;
+  LF_ASSIGN_OR_RETURN(found.search, MakeSearchOptions(options, input));
+  LF_ASSIGN_OR_RETURN(found.settings, DescribeSettings(options, input, model, found.search, pass));
+  LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, found.search, pass));
+  LF_ASSIGN_OR_RETURN(found.state, OpenState(out, found.settings, world));
+  const SearchState* const state = found.state ? &*found.state : nullptr;
+  LF_ASSIGN_OR_RETURN(const CostTable table, FindCosts(options, input, model, pass, state));
+  ProgressLines lines(options.json || world.rank() != 0);
+  const ScorePassOptions scoring = {
+      .sample = pass, .state = state, .on_progress = [&lines](const ScoreProgress& progress) {
+        lines.Report(absl::StrCat(progress.pass, ": layers"), progress.layers_done, progress.num_layers,
+                     progress.seconds, progress.seconds_left);
+      }};
+  LF_ASSIGN_OR_RETURN(found.result, SearchPatterns(model.view(), input.samples, table, found.search,
+                                                   world.communicator(), scoring));
+  const SearchResult& result = found.result;
+  found.figures = {{"target_tokens", found.search.target_lengths},
+                   {"lengths", ToJson(result.lengths)},
+                   {"found", ToJson(result.totals)},
+                   {"reference", ToJson(result.reference)},
+                   {"share_of_reference", result.totals.seconds / result.reference.seconds},
+                   {"refined_heads", result.num_refined}};
+  found.settings.update(DescribeTarget(options, found.search));
+  found.seconds = SecondsSince(start);
+  return found;
+}
+
+// What is printed of it, beside the paths.
+Json Describe(const Found& found) {
+  Json json = found.figures;
+  json["candidates"] = Json::array();
+  for (const Candidate& candidate : found.result.candidates) {
+    json["candidates"].push_back(ToString(candidate.pattern));
+  }
+  json["patterns"] = CountPatterns(found.result.patterns);
+  json["search_seconds"] = found.seconds;
+  return json;
+}
+
+// Where two sets of patterns meet: as far from the one length as from the other, by ratio.
+int64_t Between(int64_t shorter, int64_t longer) {
+  return static_cast<int64_t>(std::sqrt(static_cast<double>(shorter) * static_cast<double>(longer)));
+}
+
+std::string CurvePath(const SearchCommandOptions& options, std::span<const Found> found, size_t which) {
+  if (options.out.empty()) return "";
+  if (found.size() == 1) return options.out + ".curve.csv";
+  return absl::StrCat(options.out, ".", found[which].search.target_lengths.back(), ".curve.csv");
+}
+
+// Ascending in length; the last one's patterns are the file's, the others those for shorter prompts.
 absl::Status WriteResult(const SearchCommandOptions& options, const LoadedModel& model,
-                         const std::string& samples_hash, Json search, const Json& figures,
-                         SearchResult* result) {
-  search["result"] = figures;
-  result->patterns.set_provenance(PatternProvenance{.model_name = model.name,
-                                                    .model_fingerprint = model.fingerprint,
-                                                    .calibration_sha256 = samples_hash,
-                                                    .search_json = search.dump()});
-  const std::string curve = options.out + ".curve.csv";
-  LF_RETURN_IF_ERROR(WriteTextFile(curve, CurveCsv(*result)));
-  absl::Status written = WritePatternFile(result->patterns, options.out);
-  if (!written.ok()) std::remove(curve.c_str());
+                         const std::string& samples_hash, std::span<const Found> found) {
+  Json search = found.back().settings;
+  search["result"] = found.back().figures;
+  for (size_t i = 0; i + 1 < found.size(); ++i) {
+    Json shorter = found[i].settings;
+    shorter["result"] = found[i].figures;
+    search["shorter"].push_back(std::move(shorter));
+  }
+  PatternSet patterns = found.back().result.patterns;
+  patterns.set_provenance(PatternProvenance{.model_name = model.name,
+                                            .model_fingerprint = model.fingerprint,
+                                            .calibration_sha256 = samples_hash,
+                                            .search_json = search.dump()});
+  for (size_t i = 0; i + 1 < found.size(); ++i) {
+    patterns.AddShorter(
+        Between(found[i].search.target_lengths.back(), found[i + 1].search.target_lengths.back()),
+        found[i].result.patterns);
+  }
+  absl::Status written;
+  for (size_t i = 0; i < found.size() && written.ok(); ++i) {
+    written = WriteTextFile(CurvePath(options, found, i), CurveCsv(found[i].result));
+  }
+  if (written.ok()) written = WritePatternFile(patterns, options.out);
+  for (size_t i = 0; i < found.size() && !written.ok(); ++i) {
+    std::remove(CurvePath(options, found, i).c_str());
+  }
   return written;
+}
+
+// Of one length, of the samples that have it.
+SearchInput OfLength(const SearchInput& input, int64_t num_tokens) {
+  SearchInput part{.cost_json = input.cost_json};
+  for (const std::vector<int32_t>& sample : input.samples) {
+    if (std::ssize(sample) == num_tokens) part.samples.push_back(sample);
+  }
+  return part;
+}
+
+absl::StatusOr<std::vector<Found>> SearchAll(const SearchCommandOptions& options, const SearchInput& input,
+                                             const LoadedModel& model, const SamplePassOptions& pass,
+                                             World& world) {
+  std::vector<Found> all;
+  if (!options.per_length) {
+    LF_ASSIGN_OR_RETURN(Found found, SearchOnce(options, input, model, pass, world, options.out));
+    all.push_back(std::move(found));
+    return all;
+  }
+  SearchCommandOptions wanted = options;
+  if (wanted.target_tokens.empty()) {
+    for (const auto& sample : input.samples) wanted.target_tokens.push_back(std::ssize(sample));
+  }
+  LF_ASSIGN_OR_RETURN(const SearchOptions search, MakeSearchOptions(wanted, input));
+  for (const int64_t length : search.target_lengths) {
+    SearchCommandOptions one = options;
+    one.target_tokens = {length};
+    if (!options.json && world.rank() == 0) {
+      std::fprintf(stderr, "prompts of %lld tokens:\n", static_cast<long long>(length));
+    }
+    const std::string out = options.out.empty() ? "" : absl::StrCat(options.out, ".", length);
+    LF_ASSIGN_OR_RETURN(Found found, SearchOnce(one, OfLength(input, length), model, pass, world, out));
+    all.push_back(std::move(found));
+  }
+  return all;
 }
 
 }  // namespace
@@ -300,6 +418,11 @@ absl::StatusOr<std::string> RunEvaluation(const SearchCommandOptions& options, c
     if (spec.ok() && spec->text == "auto") spec = absl::InvalidArgumentError("auto is no pattern");
     if (!spec.ok()) return Annotate(spec.status(), "--evaluate");
     LF_ASSIGN_OR_RETURN(ResolvedAttention resolved, ResolveAttention(*spec, {}, 0, model.config));
+    if (!spec->pattern_json.empty()) {  // with the sets of all lengths
+      LF_ASSIGN_OR_RETURN(
+          resolved.patterns,
+          ParsePatterns(spec->pattern_json, spec->text, model.config.num_layers, model.config.num_q_heads));
+    }
     sets.push_back(std::move(resolved.patterns));
   }
   EvaluationOptions evaluation{.pass = pass};
@@ -337,48 +460,28 @@ absl::StatusOr<std::string> RunEvaluation(const SearchCommandOptions& options, c
 absl::StatusOr<std::string> RunPatternSearch(const SearchCommandOptions& options, const SearchInput& input,
                                              const LoadedModel& model, const SamplePassOptions& pass,
                                              World& world) {
-  const Clock::time_point start = Clock::now();
-  LF_ASSIGN_OR_RETURN(const SearchOptions search, MakeSearchOptions(options, input));
   LF_ASSIGN_OR_RETURN(const std::string samples_hash, SamplesHash(input.samples));
-  LF_ASSIGN_OR_RETURN(const Json settings, DescribeSettings(options, input, model, search, pass));
-  LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, search, pass));
-  LF_ASSIGN_OR_RETURN(const std::optional<SearchState> state, OpenState(options, settings, world));
-  LF_ASSIGN_OR_RETURN(const CostTable table,
-                      FindCosts(options, input, model, pass, state ? &*state : nullptr));
-  ProgressLines lines(options.json || world.rank() != 0);
-  const ScorePassOptions scoring = {.sample = pass,
-                                    .state = state ? &*state : nullptr,
-                                    .on_progress = [&lines](const ScoreProgress& progress) {
-                                      lines.Report(absl::StrCat(progress.pass, ": layers"),
-                                                   progress.layers_done, progress.num_layers,
-                                                   progress.seconds, progress.seconds_left);
-                                    }};
-  LF_ASSIGN_OR_RETURN(SearchResult result, SearchPatterns(model.view(), input.samples, table, search,
-                                                          world.communicator(), scoring));
-  const Json figures = {{"target_tokens", search.target_lengths},
-                        {"lengths", ToJson(result.lengths)},
-                        {"found", ToJson(result.totals)},
-                        {"reference", ToJson(result.reference)},
-                        {"share_of_reference", result.totals.seconds / result.reference.seconds},
-                        {"refined_heads", result.num_refined}};
+  LF_ASSIGN_OR_RETURN(const std::vector<Found> all, SearchAll(options, input, model, pass, world));
   absl::Status written;
-  if (world.rank() == 0 && !options.out.empty()) {
-    Json described = settings;
-    described.update(DescribeTarget(options, search));
-    written = WriteResult(options, model, samples_hash, std::move(described), figures, &result);
-  }
+  if (world.rank() == 0 && !options.out.empty()) written = WriteResult(options, model, samples_hash, all);
   LF_RETURN_IF_ERROR(world.Agree(written));
-  if (state) state->Remove();
-  Json json = figures;
+  std::string text;
+  Json sets = Json::array();
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i].state) all[i].state->Remove();
+    Json json = Describe(all[i]);
+    if (all.size() > 1) {
+      absl::StrAppend(&text, "prompts of ", all[i].search.target_lengths.back(), " tokens: ");
+    }
+    text += ReportText(options, all[i].result, json);
+    json["curve"] = CurvePath(options, all, i);
+    sets.push_back(std::move(json));
+  }
+  if (!options.json) return text;
+  Json json = options.per_length ? Json{{"sets", std::move(sets)}} : std::move(sets.front());
   json["out"] = options.out;
-  json["curve"] = options.out.empty() ? "" : options.out + ".curve.csv";
   json["cost_table"] = input.cost_json.empty() ? "measured" : options.cost_path;
-  json["candidates"] = Json::array();
-  for (const Candidate& candidate : result.candidates)
-    json["candidates"].push_back(ToString(candidate.pattern));
-  json["patterns"] = CountPatterns(result.patterns);
-  json["search_seconds"] = SecondsSince(start);
-  return options.json ? json.dump(1) + "\n" : ReportText(options, result, json);
+  return json.dump(1) + "\n";
 }
 
 }  // namespace longfill

@@ -22,8 +22,9 @@ absl::StatusOr<std::vector<PatternEvaluation>> EvaluatePatterns(const SearchMode
     visitor.look = [&](int64_t layer, const LayerHeads& heads, LayerScorer& scorer) -> absl::Status {
       for (size_t i = 0; i < sets.size(); ++i) {
         PatternEvaluation& sum = evaluations[i];
-        LF_ASSIGN_OR_RETURN(const std::vector<HeadScore> scores, scorer.Score(heads, sets[i].layer(layer)));
-        LF_ASSIGN_OR_RETURN(const LayerTime time, scorer.Measure(heads, sets[i].layer(layer), options.runs));
+        const PatternSet& set = sets[i].For(std::ssize(sample));
+        LF_ASSIGN_OR_RETURN(const std::vector<HeadScore> scores, scorer.Score(heads, set.layer(layer)));
+        LF_ASSIGN_OR_RETURN(const LayerTime time, scorer.Measure(heads, set.layer(layer), options.runs));
         for (const HeadScore& score : scores) {
           sum.recall += score.recall;
           sum.last_recall += score.last_recall;

@@ -31,7 +31,8 @@ struct EvaluationOptions {
 };
 
 // Recall and error are against full attention on what a dense prefill computes up to the layer, so that
-// layers are judged each for itself. One rank. sets: each a pattern for every layer and head.
+// layers are judged each for itself. One rank. sets: each a pattern for every layer and head; a sample takes
+// For its length.
 absl::StatusOr<std::vector<PatternEvaluation>> EvaluatePatterns(const SearchModel& model,
                                                                 std::span<const std::vector<int32_t>> samples,
                                                                 std::span<const PatternSet> sets,

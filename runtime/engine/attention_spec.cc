@@ -43,14 +43,21 @@ absl::Status ApplyDualChunks(const ModelConfig& config, int64_t num_tokens, Reso
 absl::StatusOr<ResolvedAttention> Resolve(AttentionSpec spec, std::string_view why, int64_t num_tokens,
                                           const ModelConfig& config) {
   ResolvedAttention resolved;
+  std::string of_length;
   if (spec.pattern_json.empty()) {
     LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(spec.text));
     resolved.patterns = PatternSet::Uniform(pattern, config.num_layers, config.num_q_heads);
   } else {
-    LF_ASSIGN_OR_RETURN(resolved.patterns,
+    LF_ASSIGN_OR_RETURN(const PatternSet all,
                         ParsePatterns(spec.pattern_json, spec.text, config.num_layers, config.num_q_heads));
+    resolved.patterns = all.For(num_tokens);
+    for (int64_t i = 0; i < all.num_shorter() && of_length.empty(); ++i) {
+      if (num_tokens <= all.max_tokens_of(i)) {
+        of_length = absl::StrCat(", for up to ", all.max_tokens_of(i), " tokens");
+      }
+    }
   }
-  resolved.resolved = absl::StrCat(spec.text, std::string(why));
+  resolved.resolved = absl::StrCat(spec.text, std::string(why), of_length);
   ApplyWindows(config, num_tokens, resolved);
   LF_RETURN_IF_ERROR(ApplyDualChunks(config, num_tokens, resolved));
   resolved.spec = std::move(spec);

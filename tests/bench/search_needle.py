@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--judge", type=int, default=3, help="prompts of each length that it is judged on")
     parser.add_argument("--time", type=float, default=0.45, help="target of the search; below a half, since a prediction errs")
     parser.add_argument("--target-tokens", default="", help="lengths at which the time counts (default: the longest)")
+    parser.add_argument("--per-length", action="store_true", help="patterns of their own for each length")
     parser.add_argument("--judge-tokens", default="", help="lengths that it is judged at (default: those of the search)")
     parser.add_argument("--value", default="end", help="what makes a candidate good, as `longfill search` takes it")
     parser.add_argument("--rows", type=int, default=4096)
@@ -124,8 +125,9 @@ def main():
         if not costs.exists():
             longfill("search", "--model", MODEL, *tokens, "--calibrate", "--out", costs, *device)
         calibrated = time.monotonic()
+        targets = ["--per-length"] if args.per_length else ["--target-tokens", args.target_tokens or max(lengths)]
         print(longfill("search", "--model", MODEL, *tokens, "--cost", costs, "--out", patterns, "--time", args.time,
-                       "--rows", args.rows, "--value", args.value, "--target-tokens", args.target_tokens or max(lengths), *device))
+                       "--rows", args.rows, "--value", args.value, *targets, *device))
         print(f"calibration {calibrated - begin:.1f} s, search {time.monotonic() - calibrated:.1f} s", flush=True)
         print("| tokens | pattern | passed | mean recall | last rows | mean error | density | attention, s | index, s |")
         print("|---|---|---|---|---|---|---|---|---|", flush=True)

@@ -85,6 +85,29 @@ class Search(support.TemporaryDirectoryTest):
         self.assertAlmostEqual(dense["mean_recall"], 1, 5)
         self.assertEqual(dense["density"], 1)
 
+    def test_patterns_of_their_own_for_each_length(self):
+        result = self.search("--cost", self.calibrate(), *BUDGETS, "--time", "0.7", "--per-length")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        short, long = json.loads(result.stdout)["sets"]
+        self.assertEqual([found["target_tokens"] for found in (short, long)], [[400], [512]])
+        for found in (short, long):
+            self.assertLessEqual(found["share_of_reference"], 0.7)
+        self.assertEqual(sorted(p.name for p in self.tmp.glob("patterns*")),
+                         ["patterns.json", "patterns.json.400.curve.csv", "patterns.json.512.curve.csv"])
+        own = json.loads(self.out.read_text())[-1]["longfill"]
+        self.assertEqual(own["version"], 2)
+        self.assertEqual([shorter["max_tokens"] for shorter in own["shorter"]], [452])  # between 400 and 512, by ratio
+        self.assertEqual([part["target_tokens"] for part in (own["search"]["shorter"][0], own["search"])], [[400], [512]])
+        for sample, expected in ((self.samples[1], "for up to 452 tokens"), (self.samples[0], self.out.name)):
+            out = self.tmp / f"kv-{sample.stem}"
+            prefill = run("prefill", "--model", MODEL, "--tokens", sample, "--out", out, "--attention", self.out, "--json")
+            self.assertEqual(prefill.returncode, 0, prefill.stderr)
+            self.assertIn(expected, json.loads(prefill.stdout)["attention"])
+        judged = run("search", "--model", MODEL, *self.tokens(), "--evaluate", self.out, "--json")
+        self.assertEqual(judged.returncode, 0, judged.stderr)
+        mean = (short["found"]["mean_recall"] + long["found"]["mean_recall"]) / 2
+        self.assertAlmostEqual(json.loads(judged.stdout)["results"][0]["mean_recall"], mean, 6)
+
     def check_plot(self, curve):
         """The line goes over the picture, and input that is no curve is refused."""
         picture = self.tmp / "curve.png"

@@ -228,8 +228,10 @@ TEST(OwnPatternForm, NamesWhatIsWrong) {
     absl::StatusCode code = absl::StatusCode::kInvalidArgument;
   };
   const Case cases[] = {
-      {"/2/longfill/version", 2, "p.json: longfill: has version 2, this program reads 1",
+      {"/2/longfill/version", 3, "p.json: longfill: has version 3, this program reads 1 and 2",
        absl::StatusCode::kUnimplemented},
+      {"/2/longfill/version", 2, "longfill has no shorter"},
+      {"/2/longfill/shorter", {1}, "longfill has an unknown key 'shorter'"},
       {"/2/longfill/version", "1", "has no whole number version"},
       {"/2/longfill/version", nullptr, "has no whole number version"},
       {"/2/other", 1, "expected an object with the one key longfill"},
@@ -265,6 +267,64 @@ TEST(OwnPatternForm, NamesWhatIsWrong) {
     EXPECT_THAT(ParsePatterns(changed.dump(), "p.json", 2, 2), StatusIs(c.code, HasSubstr(c.message)))
         << c.pointer << " " << c.value.dump();
   }
+}
+
+// For prompts of up to 100 and of up to 5,000 tokens.
+PatternSet SetOfThreeLengths() {
+  PatternSet set = OwnSet();
+  PatternSet shortest = PatternSet::Uniform(Dense(), 2, 2);
+  shortest.set_provenance(set.provenance());
+  PatternSet middle = PatternSet::Uniform(VerticalSlash{30, 800}, 2, 2);
+  middle.Set(1, 1, BlockShare{4, 0.1}, 0.5);
+  middle.set_provenance(set.provenance());
+  set.AddShorter(100, std::move(shortest));
+  set.AddShorter(5000, std::move(middle));
+  return set;
+}
+
+TEST(OwnPatternForm, HasSetsForShorterPrompts) {
+  const PatternSet set = SetOfThreeLengths();
+  LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(set));
+  LF_ASSERT_OK_AND_ASSIGN(const PatternSet again, ParsePatterns(text, "own", 2, 2));
+  EXPECT_EQ(again, set);
+  EXPECT_NE(again, OwnSet());
+  EXPECT_EQ(again.For(1).at(0, 0), HeadPattern(Dense()));
+  EXPECT_EQ(again.For(100).at(0, 0), HeadPattern(Dense()));
+  EXPECT_EQ(again.For(101).at(1, 1), HeadPattern(BlockShare{4, 0.1}));
+  EXPECT_EQ(again.For(5000).at(0, 0), HeadPattern(VerticalSlash{30, 800}));
+  EXPECT_EQ(again.For(5001).at(0, 0), HeadPattern(VerticalSlash{700, 1200}));
+  EXPECT_EQ(again.For(100).provenance(), set.provenance());
+  EXPECT_EQ(OwnSet().For(1), OwnSet());
+  // The list itself is what readers of the published form see.
+  const nlohmann::json json = nlohmann::json::parse(text);
+  ASSERT_EQ(json.size(), 3u);
+  EXPECT_EQ(json[2]["longfill"]["version"], 2);
+  EXPECT_EQ(json[0]["0"].dump(), R"(["vertical_and_slash",700,1200,null])");
+}
+
+TEST(OwnPatternForm, NamesWhatIsWrongWithSetsForShorterPrompts) {
+  LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(SetOfThreeLengths()));
+  const nlohmann::json valid = nlohmann::json::parse(text);
+  const auto expect = [&valid](const char* pointer, const nlohmann::json& value, const char* message) {
+    nlohmann::json changed = valid;
+    changed[nlohmann::json::json_pointer(pointer)] = value;
+    EXPECT_THAT(ParsePatterns(changed.dump(), "p.json", 2, 2),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)))
+        << pointer;
+  };
+  expect("/2/longfill/version", 1, "longfill has an unknown key 'shorter'");
+  expect("/2/longfill/shorter", nlohmann::json::array(), "shorter is an array of 0, expected a list");
+  expect("/2/longfill/shorter/1", 7, "shorter: set 1: it is 7, expected an object");
+  expect("/2/longfill/shorter/0/max_tokens", 0, "set 0: max_tokens 0 is not above 0");
+  expect("/2/longfill/shorter/1/max_tokens", 100, "set 1: max_tokens 100 is not above 100");
+  expect("/2/longfill/shorter/0/max_tokens", "7", "max_tokens '7' is not an integer");
+  expect("/2/longfill/shorter/0/note", 1, "set 0: it has an unknown key 'note'");
+  expect("/2/longfill/shorter/0/layers/2", nlohmann::json::object(),
+         "layers is an array of 3, expected a list of 2");
+  expect("/2/longfill/shorter/1/layers/0/0/0", "flash", "set 1: layer 0: head 0: type 'flash' is unknown");
+  expect("/2/longfill/shorter/1/layers/0/0/3", 2, "set 1: layer 0: head 0: score 2 is no recall");
+  expect("/2/longfill/shorter/1/exact/0", {{"0", "dense"}},
+         "set 1: exact: layer 0: head 0 is dense, for which the list");
 }
 
 TEST(OwnPatternForm, RefusesToWriteWhatItWouldNotRead) {
