@@ -11,6 +11,7 @@
 #include "deploy/cli/command.h"
 #include "deploy/cli/scaling_report.h"
 #include "models/device_weights.h"
+#include "parallel/parallel_attention.h"
 #include "runtime/engine/device_communicator.h"
 #include "runtime/engine/engine_device.h"
 #include "runtime/scaling/rank_recording.h"
@@ -94,7 +95,7 @@ absl::StatusOr<ScalingRun> Measure(const RecordingJob& job, const ScalingWork& r
   MeshGroups groups(mesh);
   LF_ASSIGN_OR_RETURN(const std::vector<RankRecording> recordings,
                       RecordRanks(job, mesh, groups, device, &traffic));
-  ScalingRun run{.mesh = mesh};
+  ScalingRun run{.mesh = mesh, .peer_copies = job.peer_copies && ParallelAttention::BeginsEarly(mesh)};
   LF_ASSIGN_OR_RETURN(run.figures,
                       ComputeScalingFigures(recordings, read.choice, groups.members(), read.links));
   const LinkTraffic::Figures after = traffic.figures();

@@ -264,6 +264,9 @@ absl::StatusOr<DeviceCommunicatorOptions> MakeCommunicatorOptions(const ModelOpt
   if (options.communicator == "nccl" && options.device == "cpu") {
     return absl::InvalidArgumentError("--communicator nccl is for ranks on GPUs, and --device is cpu");
   }
+  if (options.peer_copies == "on" && options.device == "cpu") {
+    return absl::InvalidArgumentError("--peer-copies on is for ranks on GPUs, and --device is cpu");
+  }
   return communicator;
 }
 

@@ -34,6 +34,7 @@ std::string ScalingReport::ToJson() const {
     Json entry = {{"ranks", run.mesh.size()},
                   {"sequence", run.mesh.sequence},
                   {"head", run.mesh.head},
+                  {"peer_copies", run.peer_copies},
                   {"seconds", figures.seconds},
                   {"efficiency", efficiency.has_value() ? Json(*efficiency) : Json()},
                   {"imbalance", figures.imbalance},
@@ -92,9 +93,9 @@ std::string ScalingReport::RunText(const ScalingRun& run) const {
   }
   if (run.mesh.size() > 1) {
     text += absl::StrFormat(
-        "  links      %.3f GB in a node, %.3f GB between nodes; %.3f GB copied at %.1f GB/s\n",
-        figures.bytes.node / kGiga, figures.bytes.network / kGiga,
-        static_cast<double>(run.copied.bytes) / kGiga, CopiedGbs(run.copied));
+        "  links      %.3f GB in a node%s, %.3f GB between nodes; %.3f GB copied at %.1f GB/s\n",
+        figures.bytes.node / kGiga, run.peer_copies ? ", keys and values by copy engines" : "",
+        figures.bytes.network / kGiga, static_cast<double>(run.copied.bytes) / kGiga, CopiedGbs(run.copied));
   }
   return text;
 }

@@ -18,6 +18,7 @@ namespace longfill {
 
 struct ScalingRun {
   Mesh mesh;
+  bool peer_copies = false;  // keys and values are read by copy engines, not exchanged
   ScalingFigures figures;
   LinkTraffic::Figures copied;   // beside the work of all ranks
   double recording_seconds = 0;  // that all ranks took one after the other

@@ -43,7 +43,7 @@ uint64_t ThisProcess() {
 
 absl::Status NoWay(const absl::Status& why) {
   return absl::FailedPreconditionError(
-      absl::StrCat("a peer's memory cannot be read: ", std::string(why.message())));
+      absl::StrCat("memory cannot be shared with peers: ", std::string(why.message())));
 }
 
 }  // namespace
@@ -75,7 +75,9 @@ absl::StatusOr<std::string> CudaPeerAccess::Handle(const Buffer& buffer) {
   text.data = buffer.data();
   LF_RETURN_IF_ERROR(ReadBootId(text.boot_id));
   if (buffer.data() != nullptr) {
-    LF_RETURN_IF_CUDA_ERROR(cudaIpcGetMemHandle(&text.memory, buffer.data()));
+    const absl::Status status =
+        CudaStatus(cudaIpcGetMemHandle(&text.memory, buffer.data()), "cudaIpcGetMemHandle");
+    if (!status.ok()) return NoWay(status);
   }
   return std::string(reinterpret_cast<const char*>(&text), sizeof(text));
 }

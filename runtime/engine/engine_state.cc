@@ -118,16 +118,15 @@ absl::Status EngineState::DecidePeerCopies() {
   const bool of_use = gpu_world != nullptr && ParallelAttention::BeginsEarly(options.mesh);
   if (!of_use && asked == PeerCopies::kOn) {
     return absl::InvalidArgumentError(
-        absl::StrCat("keys and values by copy engines: they are for ranks on GPUs with head=1, the mesh is ",
-                     ToString(options.mesh), gpu_world != nullptr ? "" : " on the CPU"));
+        absl::StrCat("keys and values by copy engines: they are for GPUs with head=1, the mesh is ",
+                     ToString(options.mesh)));
   }
   if (!of_use) return absl::OkStatus();
   const absl::Status status = TryPeerMemory(world, *backend);
   peer_copies = status.ok();
   if (status.ok()) return absl::OkStatus();
-  if (asked == PeerCopies::kOn || !absl::IsFailedPrecondition(status)) {
-    return Annotate(status, "keys and values by copy engines");
-  }
+  if (asked == PeerCopies::kOn) return Annotate(status, "keys and values by copy engines");
+  LF_RETURN_IF_ERROR(Agree(backend->Health()));
   peer_copies_reason = std::string(status.message());
   return absl::OkStatus();
 }

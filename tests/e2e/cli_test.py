@@ -450,6 +450,8 @@ class BadInput(support.TemporaryDirectoryTest):
             (["--device-dtype", "bfloat16"], "bfloat16", "float32"),
             (["--communicator", "nccl"], "--communicator nccl", "--device is cpu"),
             (["--communicator", "smoke"], "--communicator", "smoke"),
+            (["--peer-copies", "on"], "--peer-copies on", "--device is cpu"),
+            (["--peer-copies", "maybe"], "--peer-copies", "maybe"),
             (["--kv", "keep"], "--kv"),
             (["--kv-dtype", "int8"], "--kv-dtype"),
             (["--coverage", "all"], "--coverage"),
