@@ -128,13 +128,10 @@ class ParallelAttention::AttentionRun {
   // Memory goes back in the order of the main stream, also after an error.
   absl::Status WaitForExchanges() {
     if (!exchanges()) return absl::OkStatus();
-    if (params_.peers != nullptr && num_rounds_ > 0) {
-      LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
-      LF_RETURN_IF_ERROR(WaitForPeers());  // they have read this rank's
-      LF_RETURN_IF_ERROR(owner_.communication_timer_.End(exchange_));
-    }
+    absl::Status left = LeavePeers();
     LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
-    return WaitExposed(*owner_.exchanges_ended_);
+    LF_RETURN_IF_ERROR(WaitExposed(*owner_.exchanges_ended_));
+    return left;
   }
 
   absl::StatusOr<ParallelAttentionStats> Execute() {
@@ -241,7 +238,7 @@ class ParallelAttention::AttentionRun {
     if (layout_.head_exchange) LF_RETURN_IF_ERROR(ExchangeHeads(round, &input));
     if (params_.peers != nullptr && !mine.kv.empty()) {
       LF_RETURN_IF_ERROR(ReadPeers(mine.kv, Received(round), &input));
-      if (round >= turns()) LF_RETURN_IF_ERROR(CopyOwn(round));
+      if (round >= turns()) LF_RETURN_IF_ERROR(CopyOwn(round));  // once a launch of attention ends
     } else if (layout_.sequence_exchange &&
                !mine.kv.empty()) {  // members of a sequence group have equal heads
       const auto num_heads = static_cast<int64_t>(mine.kv.size());
@@ -598,6 +595,14 @@ class ParallelAttention::AttentionRun {
     return sequence_group_.AllReduce(word, 1, ReduceType::kInt64, ReduceOp::kMax, exchange_);
   }
 
+  // Until they have read this rank's keys and values.
+  absl::Status LeavePeers() {
+    if (params_.peers == nullptr || num_rounds_ == 0) return absl::OkStatus();
+    LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
+    LF_RETURN_IF_ERROR(WaitForPeers());
+    return owner_.communication_timer_.End(exchange_);
+  }
+
   // Of all tokens but this rank's, in the order of the prompt, from the ranks that have them. Every rank
   // begins with another one.
   absl::Status ReadPeers(std::span<const int32_t> kv_heads, const AttentionLayout::Received& place,
@@ -723,12 +728,31 @@ class ParallelAttention::AttentionRun {
 
 namespace {
 
+// Of ParallelAttentionParams::peers.
+absl::Status CheckPeers(const ShardPlan& plan, const ParallelAttentionParams& params, const Mesh& mesh,
+                        const AttentionGeometry& geometry, int rank) {
+  if (params.peers == nullptr) return absl::OkStatus();
+  if (!ParallelAttention::BeginsEarly(mesh)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("attention: keys and values of peers are for meshes with head=1, not ", ToString(mesh)));
+  }
+  const int64_t dense = plan.NumTokens(rank) * geometry.head_dim;
+  for (const HeadsView<const void>& view : {params.k, params.v}) {
+    if (dense == 0 || (view.row_stride == geometry.head_dim && view.head_stride == dense)) continue;
+    return absl::InvalidArgumentError(absl::StrCat("attention: peers read keys and values with strides ",
+                                                   geometry.head_dim, " and ", dense, ", these have ",
+                                                   view.row_stride, " and ", view.head_stride));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& params, const Mesh& mesh,
                          const AttentionGeometry& geometry, int rank) {
   if (!(plan.mesh() == mesh)) {
     return absl::InvalidArgumentError(
         absl::StrCat("attention: plan for mesh ", ToString(plan.mesh()), ", groups for ", ToString(mesh)));
   }
+  LF_RETURN_IF_ERROR(CheckPeers(plan, params, mesh, geometry, rank));
   const size_t heads = static_cast<size_t>(geometry.num_q_heads);
   const auto chunks = static_cast<size_t>(geometry.dual_chunk.NumChunks(plan.num_tokens()));
   if (params.indices.size() != chunks * heads || params.pairs.size() != heads) {
@@ -818,7 +842,9 @@ absl::Status ParallelAttention::Begin(const ShardPlan& plan, const ParallelAtten
   LF_RETURN_IF_ERROR(Drop());
   begun_ = std::make_unique<AttentionRun>(*this, plan, params);
   CpuStream host;
-  absl::Status status = AgreeOnStatus(world_, begun_->Allocate(), host);
+  absl::Status status = CheckPeers(plan, params, mesh_, geometry_, world_.rank());
+  if (status.ok()) status = begun_->Allocate();
+  status = AgreeOnStatus(world_, status, host);
   if (!status.ok()) {
     begun_.reset();
     return status;

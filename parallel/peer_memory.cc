@@ -23,8 +23,12 @@ absl::StatusOr<std::unique_ptr<PeerMemory>> PeerMemory::Open(Communicator& group
     for (size_t m = 0; m < of_ranks.size(); ++m) all[m * buffers.size() + b] = std::move(of_ranks[m]);
   }
   auto peers = std::make_unique<PeerMemory>(access, std::vector<std::vector<const void*>>());
-  LF_RETURN_IF_ERROR(AgreeOnStatus(group, peers->OpenAll(all, buffers.size(), group.rank(), buffers), host));
-  return peers;
+  absl::Status opened =
+      AgreeOnStatus(group, peers->OpenAll(all, buffers.size(), group.rank(), buffers), host);
+  if (opened.ok()) return peers;
+  peers.reset();
+  LF_RETURN_IF_ERROR(AgreeOnStatus(group, absl::OkStatus(), host));  // nobody has this rank's buffers open
+  return opened;
 }
 
 absl::Status PeerMemory::OpenAll(std::span<const std::string> handles, size_t num_buffers, int own,

@@ -22,7 +22,8 @@ class PeerMemory {
  public:
   // Collective over `group`. `buffers`: this rank's, of access.memory(), as many on every rank; empty ones
   // too. `access` outlives the result. FailedPrecondition on all ranks, naming one and its reason, where it
-  // cannot read a peer's; leaves the group usable.
+  // cannot read a peer's; leaves the group usable, and then no rank has
+  // a buffer of another open.
   static absl::StatusOr<std::unique_ptr<PeerMemory>> Open(Communicator& group, PeerAccess& access,
                                                           std::span<const Buffer* const> buffers);
   // Of addresses that need no opening: [member][buffer].

@@ -94,8 +94,8 @@ class CaseMaker {
     LF_ASSIGN_OR_RETURN(const PatternSet patterns,
                         LoadPatternFile(options_.patterns_path, config.num_layers, config.num_q_heads));
     LF_ASSIGN_OR_RETURN(const PatternHeads heads,
-                        MostUnevenHeads({*recorded_, num_tokens, coverage_}, patterns, options_.layer,
-                                        options_.num_q_heads, threads_));
+                        MostUnevenHeads({*recorded_, num_tokens, coverage_}, patterns.For(num_tokens),
+                                        options_.layer, options_.num_q_heads, threads_));
     AttentionCase made = Blank(num_tokens, head_dim);
     made.name = absl::StrCat("mixed, layer ", heads.layer, ", heads ", heads.first_head, " to ",
                              heads.first_head + options_.num_q_heads - 1);

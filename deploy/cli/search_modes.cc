@@ -321,7 +321,7 @@ int64_t Between(int64_t shorter, int64_t longer) {
 
 std::string CurvePath(const SearchCommandOptions& options, std::span<const Found> found, size_t which) {
   if (options.out.empty()) return "";
-  if (found.size() == 1) return options.out + ".curve.csv";
+  if (!options.per_length) return options.out + ".curve.csv";
   return absl::StrCat(options.out, ".", found[which].search.target_lengths.back(), ".curve.csv");
 }
 
@@ -379,6 +379,16 @@ absl::StatusOr<std::vector<Found>> SearchAll(const SearchCommandOptions& options
     for (const auto& sample : input.samples) wanted.target_tokens.push_back(std::ssize(sample));
   }
   LF_ASSIGN_OR_RETURN(const SearchOptions search, MakeSearchOptions(wanted, input));
+  for (const std::vector<int32_t>& sample : input.samples) {
+    if (std::ranges::binary_search(search.target_lengths, std::ssize(sample))) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--per-length: a sample has ", sample.size(),
+                                                   " tokens, which --target-tokens does not name"));
+  }
+  for (const int64_t length : search.target_lengths) {  // all, before the first is searched
+    SearchOptions one = search;
+    one.target_lengths = {length};
+    LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, one, pass));
+  }
   for (const int64_t length : search.target_lengths) {
     SearchCommandOptions one = options;
     one.target_tokens = {length};

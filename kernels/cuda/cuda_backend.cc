@@ -135,7 +135,7 @@ absl::Status CudaBackend::Start(DType compute_dtype) {
   facts_.memory_bytes = info.total_bytes;
   LF_ASSIGN_OR_RETURN(stream_, CudaStream::Create(limits_.device));
   LF_ASSIGN_OR_RETURN(memory_, CudaMemoryResource::Create(limits_.device, stream_->get()));
-  peers_ = std::make_unique<CudaPeerAccess>(limits_.device, *memory_);
+  peers_ = std::make_unique<CudaPeerAccess>(limits_.device, *memory_, *stream_);
   LF_RETURN_IF_ERROR(Annotate(RunFirstKernel(), "the first kernel"));
   LF_ASSIGN_OR_RETURN(kernels_, CreateCudaKernelSet(limits_, compute_dtype, *memory_));
   return absl::OkStatus();

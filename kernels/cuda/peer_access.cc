@@ -41,7 +41,8 @@ uint64_t ThisProcess() {
   return number;
 }
 
-absl::Status NoWay(const absl::Status& why) {
+absl::Status NoWay(const absl::Status& why, int device) {
+  if (absl::IsResourceExhausted(why) || !LostDeviceStatus(device).ok()) return why;
   return absl::FailedPreconditionError(
       absl::StrCat("memory cannot be shared with peers: ", std::string(why.message())));
 }
@@ -57,12 +58,15 @@ void* SharedCudaMemoryResource::TryAllocate(int64_t size_bytes) {
 void* SharedCudaMemoryResource::DoAllocate(int64_t size_bytes) {
   if (!UseDevice(device_).ok()) return nullptr;
   if (void* data = TryAllocate(size_bytes); data != nullptr) return data;
+  if (!stream_.Sync().ok()) return nullptr;  // with its deadline, which Trim and cudaMalloc have not
   return pool_.Trim().ok() ? TryAllocate(size_bytes) : nullptr;
 }
 
 void SharedCudaMemoryResource::DoDeallocate(void* data, int64_t /*size_bytes*/) {
-  // A failure means a lost device, which CudaStatus remembers.
-  if (UseDevice(device_).ok()) CudaStatus(cudaFree(data), "cudaFree").IgnoreError();
+  // It waits for the device, and one that is lost may never answer. A failure means a lost device, which
+  // CudaStatus remembers.
+  if (!LostDeviceStatus(device_).ok() || !UseDevice(device_).ok()) return;
+  CudaStatus(cudaFree(data), "cudaFree").IgnoreError();
 }
 
 absl::Status SharedCudaMemoryResource::DeviceHealth() const { return LostDeviceStatus(device_); }
@@ -77,7 +81,7 @@ absl::StatusOr<std::string> CudaPeerAccess::Handle(const Buffer& buffer) {
   if (buffer.data() != nullptr) {
     const absl::Status status =
         CudaStatus(cudaIpcGetMemHandle(&text.memory, buffer.data()), "cudaIpcGetMemHandle");
-    if (!status.ok()) return NoWay(status);
+    if (!status.ok()) return NoWay(status, device_);
   }
   return std::string(reinterpret_cast<const char*>(&text), sizeof(text));
 }
@@ -98,17 +102,17 @@ absl::StatusOr<const void*> CudaPeerAccess::Open(std::string_view handle) {
     if (text.device == device_) return text.data;
     const cudaError_t enabled = cudaDeviceEnablePeerAccess(text.device, 0);
     if (enabled == cudaErrorPeerAccessAlreadyEnabled) {
-      cudaGetLastError();  // which keeps it
+      cudaGetLastError();  // or the next launch would report it
       return text.data;
     }
     if (const absl::Status status = CudaStatus(enabled, "cudaDeviceEnablePeerAccess"); !status.ok())
-      return NoWay(status);
+      return NoWay(status, device_);
     return text.data;
   }
   void* opened = nullptr;
   const absl::Status status = CudaStatus(
       cudaIpcOpenMemHandle(&opened, text.memory, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle");
-  if (!status.ok()) return NoWay(status);
+  if (!status.ok()) return NoWay(status, device_);
   const std::lock_guard<std::mutex> lock(mutex_);
   mapped_.insert(opened);
   return opened;

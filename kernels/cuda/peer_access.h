@@ -18,7 +18,9 @@ namespace longfill {
 // kind. Takes what `pool` holds back before it gives up.
 class SharedCudaMemoryResource final : public MemoryResource {
  public:
-  SharedCudaMemoryResource(int device, MemoryResource& pool) : device_(device), pool_(pool) {}
+  // `stream`: the order of `pool`. Both outlive this.
+  SharedCudaMemoryResource(int device, MemoryResource& pool, Stream& stream)
+      : device_(device), pool_(pool), stream_(stream) {}
 
  private:
   void* DoAllocate(int64_t size_bytes) override;
@@ -27,13 +29,15 @@ class SharedCudaMemoryResource final : public MemoryResource {
   void* TryAllocate(int64_t size_bytes);
   const int device_;
   MemoryResource& pool_;
+  Stream& stream_;
 };
 
 // Handles of CUDA's interprocess communication; between ranks of one process, addresses.
 class CudaPeerAccess final : public PeerAccess {
  public:
-  // `pool`, the device's other memory, outlives this.
-  CudaPeerAccess(int device, MemoryResource& pool) : device_(device), memory_(device, pool) {}
+  // `pool` and `stream`: the device's other memory and its order. Both outlive this.
+  CudaPeerAccess(int device, MemoryResource& pool, Stream& stream)
+      : device_(device), memory_(device, pool, stream) {}
 
   MemoryResource& memory() override { return memory_; }
   absl::StatusOr<std::string> Handle(const Buffer& buffer) override;

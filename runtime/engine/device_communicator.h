@@ -25,7 +25,7 @@ enum class CommunicatorKind : uint8_t {
 // Keys and values that are gathered over the sequence (ParallelAttentionParams::peers), between GPUs.
 enum class PeerCopies : uint8_t {
   kAuto,  // by copy engines where every rank can read every other's memory, else as everything else
-  kOn,    // by copy engines, or an error
+  kOn,    // by copy engines, or an error; nothing for a rank alone
   kOff,
 };
 

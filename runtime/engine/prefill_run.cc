@@ -186,6 +186,8 @@ absl::Status PrefillRun::Compute() {
   // Copies of K and V read memory of `work`.
   const absl::Status drained = work.exporter != nullptr ? work.exporter->Finish(outcome) : absl::OkStatus();
   if (work.peers != nullptr) {
+    // What was given up may still be reading. An error is one of a device that whoever uses it next reports.
+    engine_.backend->stream().Sync().IgnoreError();
     work.peers.reset();
     const absl::Status closed = engine_.Agree(absl::OkStatus());  // no peer has this rank's memory open
     if (outcome.ok()) outcome = closed;

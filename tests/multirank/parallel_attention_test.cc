@@ -238,6 +238,17 @@ TEST_P(ParallelAttentionTest, EqualsOneRankWithKeysAndValuesOfPeers) {
   ExpectEqualsOneRank(prompt, kinds, /*round_bytes=*/1, true);
 }
 
+TEST_P(ParallelAttentionTest, PeersOfOtherMeshesAreRefusedOnAllRanks) {
+  if (GroupSizes().size() == 1) GTEST_SKIP() << "ranks as threads do the same";
+  const Prompt prompt(MakeGeometry(4, 2), 300, 50);
+  const std::vector<HeadPattern> patterns(4, HeadPattern(Dense()));
+  OnEveryRank(2, [&](Communicator& world) {
+    if (!HavePeers(GetParam(), world)) return;
+    EXPECT_THAT(AttendOn(GetParam(), world, prompt, {1, 2}, patterns, {}, 1, 0, /*from_peers=*/true).status(),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("head=1, not sequence=1,head=2")));
+  });
+}
+
 TEST_P(ParallelAttentionTest, EqualsOneRankForMixedPatternsAndEveryHeadRatio) {
   const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 60}, AShape{7, 70}, BlockSparse{2},
                                VerticalSlash{300, 100}};
