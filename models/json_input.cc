@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <algorithm>
 
 #include <cerrno>
 #include <exception>
@@ -118,6 +119,20 @@ absl::StatusOr<Json> ParseJson(std::string_view text, std::string_view source, c
     return absl::InvalidArgumentError(
         absl::StrCat(name, ": not valid JSON: ", QuoteForMessage(error.what())));
   }
+}
+
+absl::Status CheckKeys(const nlohmann::json& object, std::string_view name,
+                       std::span<const char* const> keys) {
+  const std::string where(name);
+  for (const char* key : keys) {
+    if (!object.contains(key)) return absl::InvalidArgumentError(absl::StrCat(where, " has no ", key));
+  }
+  for (const auto& [key, value] : object.items()) {
+    if (std::find(keys.begin(), keys.end(), key) == keys.end()) {
+      return absl::InvalidArgumentError(absl::StrCat(where, " has an unknown key ", QuoteForMessage(key)));
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::string> ReadSmallFile(const std::string& path, int64_t max_bytes) {

@@ -2,6 +2,7 @@
 #define LONGFILL_MODELS_JSON_INPUT_H_
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -23,6 +24,10 @@ absl::StatusOr<nlohmann::json> ParseJson(std::string_view text, std::string_view
 // 'text' in quotes, cut after 200 bytes, control and invalid bytes escaped: what outsiders wrote, for our
 // messages.
 std::string QuoteForMessage(std::string_view text);
+
+// InvalidArgument, beginning with `name`, where an object has other keys than `keys`.
+absl::Status CheckKeys(const nlohmann::json& object, std::string_view name,
+                       std::span<const char* const> keys);
 
 // The whole file. NotFound: it does not exist; InvalidArgument: more than max_bytes, or not a plain file.
 absl::StatusOr<std::string> ReadSmallFile(const std::string& path, int64_t max_bytes);

@@ -116,15 +116,7 @@ bool IsSha256(std::string_view text) {
 absl::Status CheckObject(const Json& json, std::string_view what, std::span<const char* const> keys) {
   const std::string name(what);
   if (!json.is_object()) return Invalid(absl::StrCat(name, " is ", Shown(json), ", expected an object"));
-  for (const char* key : keys) {
-    if (!json.contains(key)) return Invalid(absl::StrCat(name, " has no ", key));
-  }
-  for (const auto& [key, value] : json.items()) {
-    if (std::find(keys.begin(), keys.end(), key) == keys.end()) {
-      return Invalid(absl::StrCat(name, " has an unknown key ", QuoteForMessage(key)));
-    }
-  }
-  return absl::OkStatus();
+  return CheckKeys(json, name, keys);
 }
 
 // The object under `key`, whose keys are exactly `keys`.

@@ -14,8 +14,8 @@ namespace longfill {
 // rank that needs most, so that all ranks take the same slices.
 struct AttentionLayout {
   struct Options {
-    int64_t round_bytes =
-        0;  // of what a round receives, at most, but that of one KV head; 0: that of the device
+    // Of what a round receives, at most, but that of one KV head; 0: that of the device.
+    int64_t round_bytes = 0;
     int64_t num_sampled = 0;  // rows whose lse is asked for; 0: no lse is kept
     bool from_peers = false;  // keys and values come from PeerMemory
   };

@@ -271,14 +271,12 @@ struct Found {  // NOLINT(bugprone-exception-escape): a Json that is moved throw
 };
 
 // `out`: what its state is named after; empty: it keeps none.
-absl::StatusOr<Found> SearchOnce(const SearchCommandOptions& options, const SearchInput& input,
-                                 const LoadedModel& model, const SamplePassOptions& pass, World& world,
-                                 const std::string& out) {
+absl::StatusOr<Found> SearchOnce(const SearchCommandOptions& options, const SearchOptions& search,
+                                 const SearchInput& input, const LoadedModel& model,
+                                 const SamplePassOptions& pass, World& world, const std::string& out) {
   const Clock::time_point start = Clock::now();
-  Found found;
-  LF_ASSIGN_OR_RETURN(found.search, MakeSearchOptions(options, input));
+  Found found{.search = search};
   LF_ASSIGN_OR_RETURN(found.settings, DescribeSettings(options, input, model, found.search, pass));
-  LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, found.search, pass));
   LF_ASSIGN_OR_RETURN(found.state, OpenState(out, found.settings, world));
   const SearchState* const state = found.state ? &*found.state : nullptr;
   LF_ASSIGN_OR_RETURN(const CostTable table, FindCosts(options, input, model, pass, state));
@@ -368,35 +366,37 @@ SearchInput OfLength(const SearchInput& input, int64_t num_tokens) {
 absl::StatusOr<std::vector<Found>> SearchAll(const SearchCommandOptions& options, const SearchInput& input,
                                              const LoadedModel& model, const SamplePassOptions& pass,
                                              World& world) {
-  std::vector<Found> all;
-  if (!options.per_length) {
-    LF_ASSIGN_OR_RETURN(Found found, SearchOnce(options, input, model, pass, world, options.out));
-    all.push_back(std::move(found));
-    return all;
-  }
   SearchCommandOptions wanted = options;
-  if (wanted.target_tokens.empty()) {
+  if (options.per_length && wanted.target_tokens.empty()) {
     for (const auto& sample : input.samples) wanted.target_tokens.push_back(std::ssize(sample));
   }
   LF_ASSIGN_OR_RETURN(const SearchOptions search, MakeSearchOptions(wanted, input));
+  std::vector<Found> all;
+  if (!options.per_length) {
+    LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, search, pass));
+    LF_ASSIGN_OR_RETURN(Found found, SearchOnce(options, search, input, model, pass, world, options.out));
+    all.push_back(std::move(found));
+    return all;
+  }
   for (const std::vector<int32_t>& sample : input.samples) {
     if (std::ranges::binary_search(search.target_lengths, std::ssize(sample))) continue;
     return absl::InvalidArgumentError(absl::StrCat("--per-length: a sample has ", sample.size(),
                                                    " tokens, which --target-tokens does not name"));
   }
-  for (const int64_t length : search.target_lengths) {  // all, before the first is searched
-    SearchOptions one = search;
-    one.target_lengths = {length};
-    LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, one, pass));
+  std::vector<SearchOptions> searches;
+  for (const int64_t length : search.target_lengths) {  // all are checked before the first begins
+    searches.push_back(search);
+    searches.back().target_lengths = {length};
+    LF_RETURN_IF_ERROR(CheckGivenCosts(options, input, model, searches.back(), pass));
   }
-  for (const int64_t length : search.target_lengths) {
-    SearchCommandOptions one = options;
-    one.target_tokens = {length};
+  for (const SearchOptions& one : searches) {
+    const int64_t length = one.target_lengths.back();
     if (!options.json && world.rank() == 0) {
       std::fprintf(stderr, "prompts of %lld tokens:\n", static_cast<long long>(length));
     }
     const std::string out = options.out.empty() ? "" : absl::StrCat(options.out, ".", length);
-    LF_ASSIGN_OR_RETURN(Found found, SearchOnce(one, OfLength(input, length), model, pass, world, out));
+    LF_ASSIGN_OR_RETURN(Found found,
+                        SearchOnce(options, one, OfLength(input, length), model, pass, world, out));
     all.push_back(std::move(found));
   }
   return all;
@@ -427,12 +427,14 @@ absl::StatusOr<std::string> RunEvaluation(const SearchCommandOptions& options, c
     absl::StatusOr<AttentionSpec> spec = ReadAttentionSpec(text);
     if (spec.ok() && spec->text == "auto") spec = absl::InvalidArgumentError("auto is no pattern");
     if (!spec.ok()) return Annotate(spec.status(), "--evaluate");
-    LF_ASSIGN_OR_RETURN(ResolvedAttention resolved, ResolveAttention(*spec, {}, 0, model.config));
     if (!spec->pattern_json.empty()) {  // with the sets of all lengths
       LF_ASSIGN_OR_RETURN(
-          resolved.patterns,
+          PatternSet patterns,
           ParsePatterns(spec->pattern_json, spec->text, model.config.num_layers, model.config.num_q_heads));
+      sets.push_back(std::move(patterns));
+      continue;
     }
+    LF_ASSIGN_OR_RETURN(ResolvedAttention resolved, ResolveAttention(*spec, {}, 0, model.config));
     sets.push_back(std::move(resolved.patterns));
   }
   EvaluationOptions evaluation{.pass = pass};

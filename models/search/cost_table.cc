@@ -35,15 +35,7 @@ double LogInterpolate(double x, double x0, double y0, double x1, double y1) {
 absl::Status CheckObject(const Json& json, std::string_view what, std::initializer_list<const char*> keys) {
   const std::string name(what);
   if (!json.is_object()) return Invalid(absl::StrCat(name, " is no object"));
-  for (const char* key : keys) {
-    if (!json.contains(key)) return Invalid(absl::StrCat(name, " has no ", key));
-  }
-  for (const auto& [key, value] : json.items()) {
-    if (std::find(keys.begin(), keys.end(), key) == keys.end()) {
-      return Invalid(absl::StrCat(name, " has an unknown key ", QuoteForMessage(key)));
-    }
-  }
-  return absl::OkStatus();
+  return CheckKeys(json, name, keys);
 }
 
 absl::StatusOr<std::string> Text(const Json& object, const char* key) {
