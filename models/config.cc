@@ -236,13 +236,6 @@ absl::Status ReadDualChunk(const KeyReader& keys, std::string_view source, const
     return inner.Unsupported("chunk_size", "less local_size is ", chunk.chunk_len(),
                              ", supported: multiples of ", kTokenBlock);
   }
-  // No dealt block of a prompt lies in two chunks.
-  if (config.max_position_embeddings >= 2 * kTokenBlock * kMinDealtBlocks &&
-      chunk.chunk_len() % kMaxDealBlock != 0) {
-    return inner.Unsupported("chunk_size", "less local_size is ", chunk.chunk_len(),
-                             ", supported: multiples of ", kMaxDealBlock, " in models of ",
-                             config.max_position_embeddings, " tokens");
-  }
   LF_ASSIGN_OR_RETURN(config.rope.dual_chunk_original_tokens,
                       inner.Int("original_max_position_embeddings", 0, 1, kMaxPositions));
   return absl::OkStatus();

@@ -64,11 +64,8 @@ std::vector<Transformer::PlannedBuffer> Transformer::PlanBuffers(const ModelConf
 }
 
 int64_t Transformer::PlanBytes(const ModelConfig& config, const KernelSet& kernels, const ShardPlan& plan) {
-  int64_t num_tokens = 0;
-  for (int rank = 0; rank < plan.mesh().size(); ++rank)
-    num_tokens = std::max(num_tokens, plan.NumTokens(rank));
   int64_t bytes = 0;
-  for (const PlannedBuffer& buffer : PlanBuffers(config, kernels, num_tokens)) bytes += buffer.bytes;
+  for (const PlannedBuffer& buffer : PlanBuffers(config, kernels, plan.MostTokens())) bytes += buffer.bytes;
   return bytes;
 }
 
@@ -431,8 +428,8 @@ absl::Status Transformer::RotateHeads(RotaryParams params, int64_t begin, const 
     const int64_t chunk = dual_chunk.ChunkOf(positions_.Position(row), num_tokens);
     const TokenRange tokens = dual_chunk.Tokens(chunk, num_tokens);
     const int64_t first_row = positions_.RowsBelow(tokens.begin);
-    params.positions = positions_;
-    params.positions.first = positions_.Position(first_row) - tokens.begin;
+    params.positions = positions_.From(first_row);
+    params.positions.first -= tokens.begin;
     params.row_offset = row - first_row;
     params.num_rows = std::min(end, positions_.RowsBelow(tokens.end)) - row;
     params.out = Rows(heads, first_row, config_.head_dim);

@@ -60,7 +60,7 @@ struct LayerHeads {
 struct LayerParallelism {
   SparseIndexBuilder* index_builder = nullptr;
   ParallelAttention* attention = nullptr;
-  const PeerMemory* peers = nullptr;        // ParallelAttentionParams::peers: keys() and values()
+  const PeerKeys* peers = nullptr;          // ParallelAttentionParams::peers, of keys() and values()
   ShardedWeights* layer_weights = nullptr;  // nullptr: the weights of Create have the layers
   // Benchmarks: what attention uses instead of the index that was just built, which counts in index_seconds
   // all the same. Puts views of the backend's memory and pair counts into *index, equal on all ranks; they

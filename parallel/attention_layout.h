@@ -18,12 +18,14 @@ struct AttentionLayout {
     int64_t round_bytes = 0;
     int64_t num_sampled = 0;  // rows whose lse is asked for; 0: no lse is kept
     bool from_peers = false;  // keys and values come from PeerMemory
+    bool relayed = false;     // and those of other hosts through the memory of this one
   };
   AttentionLayout(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
                   const Options& options);
 
   // What rounds receive, by turns, so that one is exchanged while another computes.
   struct Received {
+    int64_t kv_heads = 0;          // that it has room for
     int64_t q = 0, out = 0;        // of the head group's rows
     int64_t all_k = 0, all_v = 0;  // of the prompt
   };
@@ -33,10 +35,10 @@ struct AttentionLayout {
   bool one_place = false;      // both of `received` are the same memory
   int64_t padded_tokens = 0;   // of the prompt, whole blocks
   int64_t kv_heads = 0;        // of one round on one rank, at most
-  int64_t first_kv_heads = 0;  // of the first round: fewer, since nothing computes beside its exchange
+  int64_t first_kv_heads = 0;  // of the first round: fewer, if little or nothing computes beside its exchange
   int64_t head_slice = 0;      // dealt blocks of each member in one exchange
   int64_t key_slice = 0;
-  int64_t rotated_rows = 0;  // whose queries are rotated at a time, whole blocks; 0: they come rotated
+  int64_t rotated_rows = 0;  // whose queries are rotated at a time; 0: they come rotated
 
   // Byte offsets; pieces that the mesh does not need are not there.
   int64_t counts = 0;                // two int64: covered and computed pairs

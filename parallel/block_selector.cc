@@ -130,11 +130,9 @@ class BlockSelector::Selection {
     LF_RETURN_IF_ERROR(
         world_.AllGather(Piece<void>(at_.own), Piece<void>(at_.gathered), counts_bytes, stream_));
     const char* from = Piece<char>(at_.gathered);
-    const int64_t block_bytes = plan_.deal_block() / kRowBlock * row_bytes;
     for (int r = 0; r < size; ++r) {
-      LF_RETURN_IF_ERROR(CopyBlocks(kernels_, static_cast<char*>(to) + plan_.Slot(r) * block_bytes,
-                                    size * block_bytes, from, block_bytes, block_bytes, counts_bytes[r],
-                                    stream_));
+      LF_RETURN_IF_ERROR(CopyToPlaces(kernels_, to, plan_.TokenPositions(r).OfBlocks(kRowBlock), from,
+                                      row_bytes, counts_bytes[r], stream_));
       from += counts_bytes[r];
     }
     return absl::OkStatus();

@@ -22,7 +22,7 @@ class BlockSelector {
   BlockSelector(const KernelSet& kernels, const ShardPlan& plan, const AttentionGeometry& geometry,
                 std::span<const HeadPattern> patterns);
 
-  int64_t ScratchBytes(int rank) const;  // rank 0 needs most
+  int64_t ScratchBytes(int rank) const;
 
   // Every rank. Fills the storage of the block-sparse heads and this rank's share of their pair counts, also
   // of what the published kernels, which force no block, would select. Parity coverage is that selection.

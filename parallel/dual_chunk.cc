@@ -47,15 +47,6 @@ TokenRange DualChunk::Keys(ChunkPart part, int64_t chunk, int64_t num_tokens) co
   return {0, before};
 }
 
-absl::Status CheckDualChunkDeal(std::string_view what, const DualChunk& dual_chunk, const ShardPlan& plan) {
-  if (!dual_chunk.Splits(plan.num_tokens()) || dual_chunk.chunk_len() % plan.deal_block() == 0) {
-    return absl::OkStatus();
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat(std::string(what), ": dual chunks of ", dual_chunk.chunk_len(),
-                   " tokens do not hold whole dealt blocks of ", plan.deal_block()));
-}
-
 absl::Status CheckDualChunkPatterns(std::span<const HeadPattern> patterns, Coverage coverage) {
   for (const HeadPattern& pattern : patterns) {
     if (std::holds_alternative<Dense>(pattern) || std::holds_alternative<AShape>(pattern)) continue;

@@ -54,9 +54,6 @@ struct DualChunk {
 // where what the public kernels cover there is another thing.
 absl::Status CheckDualChunkPatterns(std::span<const HeadPattern> patterns, Coverage coverage);
 
-// InvalidArgument, by `what`, if chunks split the prompt and a dealt block may lie in two of them.
-absl::Status CheckDualChunkDeal(std::string_view what, const DualChunk& dual_chunk, const ShardPlan& plan);
-
 // Queries of one chunk.
 struct ChunkQueries {
   int64_t chunk = 0;

@@ -51,24 +51,58 @@ std::string ToString(const Mesh& mesh) {
   return absl::StrCat("sequence=", mesh.sequence, ",head=", mesh.head);
 }
 
-ShardPlan::ShardPlan(Mesh mesh, int64_t num_tokens)
-    : mesh_(mesh), num_tokens_(num_tokens), deal_block_(kTokenBlock) {
-  while (deal_block_ < kMaxDealBlock && num_tokens >= 2 * deal_block_ * kMinDealtBlocks * mesh.size()) {
-    deal_block_ *= 2;
+ShardPlan::ShardPlan(Mesh mesh, int64_t num_tokens) : ShardPlan(mesh, num_tokens, kTokenBlock) {
+  const double mean = static_cast<double>(num_tokens) / mesh.size();
+  const auto longest = static_cast<int64_t>(mean) / kMinDealtBlocks / kTokenBlock * kTokenBlock;
+  for (int64_t block = std::min(kMaxDealBlock, longest); block > kTokenBlock; block -= kTokenBlock) {
+    const ShardPlan plan(mesh, num_tokens, block);
+    if (static_cast<double>(plan.MostTokens()) > (1 + kMaxExcess) * mean) continue;
+    deal_block_ = block;
+    return;
   }
 }
 
+PositionMap ShardPlan::GroupPositions(int sequence_index) const {
+  return {.first = deal_block_ * sequence_index,
+          .block = deal_block_,
+          .stride = deal_block_ * mesh_.sequence,
+          .odd_shift = deal_block_ * (mesh_.sequence - 1 - 2 * sequence_index)};
+}
+
+int64_t ShardPlan::GroupNumTokens(int sequence_index) const {
+  return GroupPositions(sequence_index).RowsBelow(num_tokens_);
+}
+
+// The last block lies with the first group or, on the way back, the last one has a block more.
+int64_t ShardPlan::MostGroupTokens() const {
+  return std::max(GroupNumTokens(0), GroupNumTokens(mesh_.sequence - 1));
+}
+
 PositionMap ShardPlan::TokenPositions(int rank) const {
-  return {deal_block_ * Slot(rank), deal_block_, deal_block_ * mesh_.size()};
+  // Of the group's blocks every mesh_.head-th from number `index` on: with even mesh_.head all on the way
+  // there or all on the way back.
+  const PositionMap group = GroupPositions(SequenceIndex(rank));
+  const int index = HeadIndex(rank);
+  const int64_t shift = index % 2 == 0 ? group.odd_shift : -group.odd_shift;
+  return {.first = group.Position(index * group.block),
+          .block = group.block,
+          .stride = group.stride * mesh_.head,
+          .odd_shift = mesh_.head % 2 == 0 ? 0 : shift};
 }
 
 int64_t ShardPlan::NumTokens(int rank) const { return TokenPositions(rank).RowsBelow(num_tokens_); }
 
+int64_t ShardPlan::MostTokens() const {
+  return std::max(NumTokens(0), NumTokens((mesh_.sequence - 1) * mesh_.head));  // the first of their groups
+}
+
 std::vector<TokenRange> ShardPlan::TokenRanges(int rank) const {
   std::vector<TokenRange> ranges;
-  const int64_t stride = deal_block_ * mesh_.size();
-  for (int64_t begin = deal_block_ * Slot(rank); begin < num_tokens_; begin += stride) {
-    const int64_t end = std::min(begin + deal_block_, num_tokens_);
+  const PositionMap positions = TokenPositions(rank);
+  const int64_t rows = NumTokens(rank);
+  for (int64_t row = 0; row < rows; row += deal_block_) {
+    const int64_t begin = positions.Position(row);
+    const int64_t end = begin + std::min(deal_block_, rows - row);
     if (!ranges.empty() && ranges.back().end == begin) {
       ranges.back().end = end;
     } else {
@@ -79,16 +113,11 @@ std::vector<TokenRange> ShardPlan::TokenRanges(int rank) const {
 }
 
 int ShardPlan::RankOfToken(int64_t position) const {
-  const int slot = static_cast<int>(position / deal_block_ % mesh_.size());
-  return slot % mesh_.sequence * mesh_.head + slot / mesh_.sequence;
-}
-
-PositionMap ShardPlan::GroupPositions(int sequence_index) const {
-  return {deal_block_ * sequence_index, deal_block_, deal_block_ * mesh_.sequence};
-}
-
-int64_t ShardPlan::GroupNumTokens(int sequence_index) const {
-  return GroupPositions(sequence_index).RowsBelow(num_tokens_);
+  const int64_t block = position / deal_block_;
+  const int64_t turn = block / mesh_.sequence;
+  const auto place = static_cast<int>(block % mesh_.sequence);
+  const int sequence_index = turn % 2 == 0 ? place : mesh_.sequence - 1 - place;
+  return sequence_index * mesh_.head + static_cast<int>(turn % mesh_.head);
 }
 
 }  // namespace longfill

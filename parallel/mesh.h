@@ -4,12 +4,12 @@
 // Who owns which tokens. Pure arithmetic, no communication.
 //
 // P = sequence * head ranks; rank = s * head + h, so that the ranks of a head group (equal s) are neighbours,
-// on one node by default. Tokens are dealt in blocks of 128 to 1024: block b belongs to token slot b % P, and
-// slot(rank) = s + sequence * h.
-//   linear layers      every rank holds the tokens of its slot: blocks slot, slot + P, ...
-//   attention          the head group s jointly holds the blocks b with b % sequence == s, and each member
-//   computes some
-//                      heads for all of them, over K and V of the whole prompt
+// on one node by default. Tokens are dealt in blocks, there and back over the head groups (0 1 2 2 1 0 0 1
+// ...), and in turn over the members of a group:
+//   attention          the head group s jointly holds the blocks that it is dealt, one of every `sequence`,
+//   and
+//                      each member computes some heads for all of them, over K and V of the whole prompt
+//   linear layers      of the blocks of its group, rank (s, h) holds number h, h + head, ...
 // so causal triangles, columns and diagonals balance in both directions.
 
 #include <cstdint>
@@ -25,13 +25,15 @@ namespace longfill {
 inline constexpr int64_t kTokenBlock = 128;  // a multiple of the query row block and of the KV page
 // That hold `tokens` tokens, the last one maybe in part.
 constexpr int64_t TokenBlocksOf(int64_t tokens) { return (tokens + kTokenBlock - 1) / kTokenBlock; }
-// Blocks that are dealt: a power of two times kTokenBlock. Rows that lie side by side read the same keys, so
-// that attention finds more of them in a GPU's cache the longer the blocks are (4 H200, 1M tokens: on average
-// it takes 7.4 % more than on one of them with blocks of 1,024 tokens, 5.1 % with 4,096, 2.8 % with 16,384,
-// which leave the last rank 7 % more to do than the mean); and every rank has so many of them that it has at
-// most 1.5 % more to do.
-inline constexpr int64_t kMaxDealBlock = 4096;
-inline constexpr int64_t kMinDealtBlocks = 64;
+// Blocks that are dealt: a multiple of kTokenBlock. Rows that lie side by side read the same keys, so that
+// attention finds more of them in a GPU's cache the longer the blocks are (4 H200, 1M tokens: on average it
+// takes 7.4 % more than on one of them with blocks of 1,024 tokens, 5.1 % with 4,096, 2.8 % with 16,384); and
+// every rank has so many of them that what rows there and back differ in is small beside its share (8 ranks,
+// 1M tokens: the slowest takes 2.5 % more than the mean with 32 blocks, 3.9 % with 16).
+inline constexpr int64_t kMaxDealBlock = 16384;
+inline constexpr int64_t kMinDealtBlocks = 32;
+// Of the mean that a rank may have more tokens than, if there are blocks for which none has.
+inline constexpr double kMaxExcess = 0.01;
 
 struct Mesh {
   int sequence = 1;
@@ -53,7 +55,8 @@ struct TokenRange {
 // The deal of one prompt of num_tokens over a mesh.
 class ShardPlan {
  public:
-  // num_tokens >= 0; mesh sizes >= 1. The longest blocks that leave every rank kMinDealtBlocks of them.
+  // num_tokens >= 0; mesh sizes >= 1. The longest blocks that leave every rank kMinDealtBlocks of them and
+  // none kMaxExcess more than the mean; else those of kTokenBlock.
   ShardPlan(Mesh mesh, int64_t num_tokens);
   // With blocks of so many tokens, a multiple of kTokenBlock.
   ShardPlan(Mesh mesh, int64_t num_tokens, int64_t deal_block)
@@ -68,19 +71,20 @@ class ShardPlan {
   int64_t DealtBlocks(int64_t rows) const { return (rows + deal_block_ - 1) / deal_block_; }
   int SequenceIndex(int rank) const { return rank / mesh_.head; }
   int HeadIndex(int rank) const { return rank % mesh_.head; }
-  int Slot(int rank) const { return SequenceIndex(rank) + mesh_.sequence * HeadIndex(rank); }
 
   friend bool operator==(const ShardPlan&, const ShardPlan&) = default;
 
   // Linear layers.
   PositionMap TokenPositions(int rank) const;
   int64_t NumTokens(int rank) const;
+  int64_t MostTokens() const;                           // of a rank
   std::vector<TokenRange> TokenRanges(int rank) const;  // ascending, neighbours joined
   int RankOfToken(int64_t position) const;
 
   // Attention: the rows of a head group, in ascending position.
   PositionMap GroupPositions(int sequence_index) const;
   int64_t GroupNumTokens(int sequence_index) const;
+  int64_t MostGroupTokens() const;  // of a group
 
  private:
   Mesh mesh_;

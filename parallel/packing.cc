@@ -3,30 +3,62 @@
 namespace longfill {
 
 absl::Status CopyBlocks(const CopyFunction& copy, void* to, int64_t to_pitch, const void* from,
-                        int64_t from_pitch, int64_t block_bytes, int64_t bytes) {
+                        int64_t from_pitch, int64_t block_bytes, int64_t bytes, const CopyPlanes& planes) {
   const int64_t whole = block_bytes > 0 ? bytes / block_bytes : 0;
   const int64_t rest = bytes - whole * block_bytes;
-  if (whole > 0) {
-    LF_RETURN_IF_ERROR(copy({.to = to,
-                             .to_pitch = to_pitch,
-                             .from = from,
-                             .from_pitch = from_pitch,
-                             .row_bytes = block_bytes,
-                             .rows = whole}));
-  }
+  Copy2DParams params{.to = to,
+                      .to_pitch = to_pitch,
+                      .from = from,
+                      .from_pitch = from_pitch,
+                      .row_bytes = block_bytes,
+                      .rows = whole,
+                      .planes = planes.count,
+                      .to_plane_pitch = planes.to_pitch,
+                      .from_plane_pitch = planes.from_pitch};
+  if (whole > 0) LF_RETURN_IF_ERROR(copy(params));
   if (rest == 0) return absl::OkStatus();
-  return copy({.to = static_cast<char*>(to) + whole * to_pitch,
-               .to_pitch = rest,
-               .from = static_cast<const char*>(from) + whole * from_pitch,
-               .from_pitch = rest,
-               .row_bytes = rest,
-               .rows = 1});
+  params.to = static_cast<char*>(to) + whole * to_pitch;
+  params.from = static_cast<const char*>(from) + whole * from_pitch;
+  params.to_pitch = params.from_pitch = params.row_bytes = rest;
+  params.rows = 1;
+  return copy(params);
 }
 
 absl::Status CopyBlocks(KernelSet& kernels, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
                         int64_t block_bytes, int64_t bytes, Stream& stream) {
   const auto copy = [&](const Copy2DParams& params) { return kernels.Copy2D(params, stream); };
   return CopyBlocks(copy, to, to_pitch, from, from_pitch, block_bytes, bytes);
+}
+
+absl::Status CopyToPlaces(const CopyFunction& copy, void* to, const PositionMap& places, const void* from,
+                          int64_t row_bytes, int64_t bytes, const CopyPlanes& planes) {
+  const auto place = [&](int64_t row) { return static_cast<char*>(to) + places.Position(row) * row_bytes; };
+  if (places.IsOnePiece(bytes / row_bytes)) {
+    return CopyBlocks(copy, place(0), bytes, from, bytes, bytes, bytes, planes);
+  }
+  LF_CHECK(places.skipped % places.block == 0);
+  const int64_t block_bytes = places.block * row_bytes;
+  const int64_t pitch = places.stride * row_bytes;
+  if (places.odd_shift == 0) {
+    return CopyBlocks(copy, place(0), pitch, from, block_bytes, block_bytes, bytes, planes);
+  }
+  // Every other block is at one distance from the next but one.
+  const int64_t num_blocks = (bytes + block_bytes - 1) / block_bytes;
+  for (int64_t first = 0; first < 2; ++first) {
+    const bool has_last = (num_blocks - 1) % 2 == first;
+    const int64_t whole_bytes = (num_blocks + 1 - first) / 2 * block_bytes;
+    LF_RETURN_IF_ERROR(CopyBlocks(copy, place(first * places.block), 2 * pitch,
+                                  static_cast<const char*>(from) + first * block_bytes, 2 * block_bytes,
+                                  block_bytes,
+                                  whole_bytes - (has_last ? num_blocks * block_bytes - bytes : 0), planes));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CopyToPlaces(KernelSet& kernels, void* to, const PositionMap& places, const void* from,
+                          int64_t row_bytes, int64_t bytes, Stream& stream, const CopyPlanes& planes) {
+  const auto copy = [&](const Copy2DParams& params) { return kernels.Copy2D(params, stream); };
+  return CopyToPlaces(copy, to, places, from, row_bytes, bytes, planes);
 }
 
 absl::StatusOr<char*> PackHeads(KernelSet& kernels, HeadsView<const void> from,

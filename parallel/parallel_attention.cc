@@ -65,6 +65,7 @@ class ParallelAttention::AttentionRun {
         kernels_(owner.backend_.kernels()),
         stream_(owner.backend_.stream()),
         exchange_(*owner.exchange_stream_),
+        copies_(*owner.copy_stream_),
         head_group_(*owner.head_group_),
         sequence_group_(*owner.sequence_group_),
         geometry_(owner.geometry_),
@@ -74,7 +75,8 @@ class ParallelAttention::AttentionRun {
         layout_(kernels_, geometry_, plan,
                 {.round_bytes = owner.options_.round_bytes,
                  .num_sampled = static_cast<int64_t>(params.sampled.size()),
-                 .from_peers = params.peers != nullptr}),
+                 .from_peers = params.peers != nullptr,
+                 .relayed = owner.relay_group_ != nullptr}),
         width_(geometry_.head_dim),
         element_(DTypeBytes(kernels_.compute_dtype())),
         local_rows_(plan.NumTokens(rank_)),
@@ -114,11 +116,19 @@ class ParallelAttention::AttentionRun {
     LF_RETURN_IF_ERROR(ZeroTails());
     if (num_rounds_ == 0) return absl::OkStatus();
     if (params_.peers != nullptr) {
-      // Kernels copy within a device, and find room beside the projections: beside attention they would not.
+      // Kernels exchange with other hosts and copy within a device, and find room beside the projections:
+      // beside attention they would not.
+      const size_t rounds = std::min(num_rounds_, turns());
+      LF_RETURN_IF_ERROR(copies_.WaitFor(*owner_.inputs_ready_));
+      for (size_t round = 0; round < rounds; ++round) LF_RETURN_IF_ERROR(CopyFrom(rank_, round));
       LF_RETURN_IF_ERROR(owner_.communication_timer_.Begin(exchange_));
-      for (size_t round = 0; round < std::min(num_rounds_, turns()); ++round) {
-        LF_RETURN_IF_ERROR(CopyOwn(round));
+      if (relayed()) {
+        LF_RETURN_IF_ERROR(Relay());
+        LF_RETURN_IF_ERROR(owner_.relayed_->Record(exchange_));
+        LF_RETURN_IF_ERROR(copies_.WaitFor(*owner_.relayed_));
+        for (size_t round = 0; round < rounds; ++round) LF_RETURN_IF_ERROR(CopyRelayed(round));
       }
+      LF_RETURN_IF_ERROR(owner_.copied_->Record(copies_));
       LF_RETURN_IF_ERROR(WaitForPeers());  // their keys and values are there
       LF_RETURN_IF_ERROR(owner_.communication_timer_.End(exchange_));
     }
@@ -129,6 +139,7 @@ class ParallelAttention::AttentionRun {
   absl::Status WaitForExchanges() {
     if (!exchanges()) return absl::OkStatus();
     absl::Status left = LeavePeers();
+    if (params_.peers != nullptr && num_rounds_ > 0) LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.copied_));
     LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
     LF_RETURN_IF_ERROR(WaitExposed(*owner_.exchanges_ended_));
     return left;
@@ -196,9 +207,9 @@ class ParallelAttention::AttentionRun {
   // Rows of a prompt in whole blocks: those that no exchange writes stay 0.
   absl::Status ZeroTails() {
     const int64_t tail = layout_.padded_tokens - plan_.num_tokens();
-    for (int64_t head = 0; head < layout_.kv_heads && tail > 0; ++head) {
-      const int64_t at = RowBytes(head * layout_.padded_tokens + plan_.num_tokens());
-      for (const AttentionLayout::Received& place : layout_.received) {
+    for (const AttentionLayout::Received& place : layout_.received) {
+      for (int64_t head = 0; head < place.kv_heads && tail > 0; ++head) {
+        const int64_t at = RowBytes(head * layout_.padded_tokens + plan_.num_tokens());
         for (const int64_t buffer : {place.all_k, place.all_v}) {
           LF_RETURN_IF_ERROR(kernels_.Zero(Piece<char>(buffer) + at, RowBytes(tail), exchange_));
         }
@@ -238,7 +249,8 @@ class ParallelAttention::AttentionRun {
     if (layout_.head_exchange) LF_RETURN_IF_ERROR(ExchangeHeads(round, &input));
     if (params_.peers != nullptr && !mine.kv.empty()) {
       LF_RETURN_IF_ERROR(ReadPeers(mine.kv, Received(round), &input));
-      if (round >= turns()) LF_RETURN_IF_ERROR(CopyOwn(round));  // once a launch of attention ends
+      if (round >= turns()) LF_RETURN_IF_ERROR(CopyLate(round));
+      LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.copied_));
     } else if (layout_.sequence_exchange &&
                !mine.kv.empty()) {  // members of a sequence group have equal heads
       const auto num_heads = static_cast<int64_t>(mine.kv.size());
@@ -395,14 +407,11 @@ class ParallelAttention::AttentionRun {
     const double blocks = LaunchFlops() / (RowFlops(heads.q) * static_cast<double>(kTokenBlock) + 1);
     int64_t step = kTokenBlock * static_cast<int64_t>(std::clamp(blocks, 1.0, static_cast<double>(1 << 20)));
     if (split()) step = std::min(step, layout_.rotated_rows);
-    const int64_t deal = plan_.deal_block();  // a launch is of whole ones or within one
-    if (step > deal) step -= step % deal;
     const PositionMap positions = plan_.GroupPositions(plan_.SequenceIndex(rank_));
     for (int64_t row = 0; row < group_rows_ && !heads.q.empty();) {
       const int64_t chunk = dual_chunk().ChunkOf(positions.Position(row), plan_.num_tokens());
       const int64_t chunk_end = positions.RowsBelow(dual_chunk().Tokens(chunk, plan_.num_tokens()).end);
-      const int64_t end =
-          std::min({row + step, chunk_end, step < deal ? (row / deal + 1) * deal : chunk_end});
+      const int64_t end = std::min(row + step, chunk_end);
       LF_RETURN_IF_ERROR(Launch(launch, row, end, chunk, IndicesOf(heads.q, chunk)));
       row = end;
     }
@@ -427,21 +436,18 @@ class ParallelAttention::AttentionRun {
     return 4.0 * static_cast<double>(width_) * 2.0 * pairs / static_cast<double>(plan_.num_tokens());
   }
 
-  // Rows [begin, end) of the head group, of one chunk: whole dealt blocks or within one. Waits until at most
-  // one launch is on its way.
+  // Rows [begin, end) of the head group, of one chunk. Waits until at most one launch is on its way.
   absl::Status Launch(AttentionParams launch, int64_t begin, int64_t end, int64_t chunk,
                       std::span<const IndexView> indices) {
     Event& ended = *owner_.launch_ended_[num_launches_ % owner_.launch_ended_.size()];
     if (num_launches_ >= owner_.launch_ended_.size()) LF_RETURN_IF_ERROR(ended.Wait());
     if (!stopped_ && params_.should_stop && params_.should_stop()) stopped_ = true;
     if (stopped_) return absl::OkStatus();
-    PositionMap positions = plan_.GroupPositions(plan_.SequenceIndex(rank_));
-    positions.first = positions.Position(begin);
     AttentionSequence sequence;
     sequence.q_begin = begin;
     sequence.q_end = end;
     sequence.k_end = plan_.num_tokens();
-    sequence.q_positions = positions;
+    sequence.q_positions = plan_.GroupPositions(plan_.SequenceIndex(rank_)).From(begin);
     sequence.num_tokens = plan_.num_tokens();
     sequence.key_range_end = plan_.num_tokens();
     sequence.indices = indices;
@@ -505,7 +511,7 @@ class ParallelAttention::AttentionRun {
       const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(MemberRows(m), block, layout_.head_slice);
-        LF_ASSIGN_OR_RETURN(received, Interleave(received, my_heads, theirs, members, m, to));
+        LF_ASSIGN_OR_RETURN(received, Place(received, my_heads, theirs, InGroup(m), to));
       }
     }
     return absl::OkStatus();
@@ -568,7 +574,7 @@ class ParallelAttention::AttentionRun {
     std::vector<int32_t> heads(num_heads);
     for (int64_t head = 0; head < num_heads; ++head) heads[head] = static_cast<int32_t>(head);
     std::vector<int64_t> counts_bytes(members);
-    for (int64_t block = 0; block < plan_.DealtBlocks(plan_.GroupNumTokens(0)); block += layout_.key_slice) {
+    for (int64_t block = 0; block < plan_.DealtBlocks(plan_.MostGroupTokens()); block += layout_.key_slice) {
       const TokenRange rows = Slice(group_rows_, block, layout_.key_slice);
       LF_RETURN_IF_ERROR(
           PackHeads(kernels_, *view, heads, rows, width_, Piece<char>(layout_.send), exchange_).status());
@@ -580,7 +586,7 @@ class ParallelAttention::AttentionRun {
       const char* received = Piece<char>(layout_.recv);
       for (int m = 0; m < members; ++m) {
         const TokenRange theirs = Slice(plan_.GroupNumTokens(m), block, layout_.key_slice);
-        LF_ASSIGN_OR_RETURN(received, Interleave(received, num_heads, theirs, members, m, to));
+        LF_ASSIGN_OR_RETURN(received, Place(received, num_heads, theirs, plan_.GroupPositions(m), to));
       }
     }
     *view = to;
@@ -603,25 +609,54 @@ class ParallelAttention::AttentionRun {
     return owner_.communication_timer_.End(exchange_);
   }
 
-  // Of all tokens but this rank's, in the order of the prompt, from the ranks that have them. Every rank
-  // begins with another one.
+  // Whether rows of other hosts come by way of the rank of this one that has their owner's place there.
+  bool relayed() const { return params_.peers != nullptr && owner_.relay_group_ != nullptr; }
+
+  // Gathers the keys and values of the ranks that have this one's place on their hosts.
+  absl::Status Relay() {
+    Communicator& hosts = *owner_.relay_group_;
+    std::vector<int64_t> counts_bytes;
+    for (int host = 0; host < hosts.size(); ++host) {
+      counts_bytes.push_back(RowBytes(geometry_.num_kv_heads * plan_.NumTokens(RelayedFrom(host))));
+    }
+    LF_RETURN_IF_ERROR(hosts.AllGather(params_.k.data, params_.peers->relay_k, counts_bytes, exchange_));
+    return hosts.AllGather(params_.v.data, params_.peers->relay_v, counts_bytes, exchange_);
+  }
+  // The rank of a host that has this one's place there.
+  int RelayedFrom(int host) const { return owner_.options_.hosts.RanksOf(host)[LocalOf(rank_)]; }
+  int LocalOf(int rank) const { return relayed() ? owner_.options_.hosts.LocalOf(rank) : rank; }
+
+  // Where this rank reads the keys (buffer 0) or values (1) of a rank: [num_kv_heads, its tokens, head_dim].
+  const char* RowsOf(int rank, size_t buffer) const {
+    const auto* const at = static_cast<const char*>(params_.peers->memory->At(LocalOf(rank), buffer));
+    if (!relayed()) return at;
+    const PeerHosts& hosts = owner_.options_.hosts;
+    int64_t rows_before = 0;
+    for (int host = 0; host < hosts.HostOf(rank); ++host) {
+      rows_before += plan_.NumTokens(hosts.RanksOf(host)[hosts.LocalOf(rank)]);
+    }
+    return at + RowBytes(geometry_.num_kv_heads * rows_before);
+  }
+
+  // Of all tokens but those that this device has, in the order of the prompt, from the ranks that have them.
+  // Every rank begins with another one.
   absl::Status ReadPeers(std::span<const int32_t> kv_heads, const AttentionLayout::Received& place,
                          RoundInput* input) {
     const int members = sequence_group_.size();
-    const int64_t block_bytes = RowBytes(plan_.deal_block());
     const auto copy = [&](const Copy2DParams& params) {
-      return params_.peers->access().Copy(params, exchange_);
+      return params_.peers->memory->access().Copy(params, exchange_);
     };
     const HeadsView<void> to[] = {Dense(place.all_k, layout_.padded_tokens),
                                   Dense(place.all_v, layout_.padded_tokens)};
     for (int i = 1; i < members; ++i) {
       const int member = (sequence_group_.rank() + i) % members;
+      if (LocalOf(member) == LocalOf(rank_)) continue;  // CopyOwn
       const int64_t bytes = RowBytes(plan_.GroupNumTokens(member));
       for (size_t buffer = 0; buffer < std::size(to); ++buffer) {
-        const auto* const all = static_cast<const char*>(params_.peers->At(member, buffer));
+        const char* const all = RowsOf(member, buffer);
         for (size_t head = 0; head < kv_heads.size() && bytes > 0; ++head) {
-          LF_RETURN_IF_ERROR(CopyBlocks(copy, RowsOf(member, AtHead(to[buffer], head)), members * block_bytes,
-                                        all + kv_heads[head] * bytes, block_bytes, block_bytes, bytes));
+          LF_RETURN_IF_ERROR(CopyToPlaces(copy, AtHead(to[buffer], head).data, plan_.GroupPositions(member),
+                                          all + kv_heads[head] * bytes, RowBytes(1), bytes));
         }
       }
     }
@@ -630,42 +665,59 @@ class ParallelAttention::AttentionRun {
     return absl::OkStatus();
   }
 
-  // This rank's rows of a round's heads to their places.
-  absl::Status CopyOwn(size_t round) {
-    const std::vector<int32_t>& kv_heads = rounds_[plan_.HeadIndex(rank_)][round].kv;
-    const int64_t bytes = RowBytes(group_rows_);
-    const int64_t block_bytes = RowBytes(plan_.deal_block());
-    const AttentionLayout::Received& place = Received(round);
-    for (const auto& [from, at] : {std::pair(params_.k, place.all_k), std::pair(params_.v, place.all_v)}) {
-      const HeadsView<void> to = Dense(at, layout_.padded_tokens);
-      for (size_t head = 0; head < kv_heads.size() && bytes > 0; ++head) {
-        LF_RETURN_IF_ERROR(CopyBlocks(kernels_, RowsOf(sequence_group_.rank(), AtHead(to, head)),
-                                      sequence_group_.size() * block_bytes,
-                                      AtHead(from, static_cast<size_t>(kv_heads[head])).data, block_bytes,
-                                      block_bytes, bytes, exchange_));
-      }
+  // Own rows and relayed ones of a round whose place attention has just left: they are there once a launch of
+  // attention ends.
+  absl::Status CopyLate(size_t round) {
+    LF_RETURN_IF_ERROR(copies_.WaitFor(*owner_.attended_[(round - turns()) % 2]));
+    LF_RETURN_IF_ERROR(CopyFrom(rank_, round));
+    if (relayed()) LF_RETURN_IF_ERROR(CopyRelayed(round));
+    return owner_.copied_->Record(copies_);
+  }
+
+  // What this rank relays of other hosts.
+  absl::Status CopyRelayed(size_t round) {
+    for (int host = 0; host < owner_.options_.hosts.num_hosts(); ++host) {
+      if (RelayedFrom(host) != rank_) LF_RETURN_IF_ERROR(CopyFrom(RelayedFrom(host), round));
     }
     return absl::OkStatus();
   }
 
-  // The first row of a member in a head of the prompt.
-  void* RowsOf(int member, HeadsView<void> head) const {
-    return Advance(head.data, member * plan_.deal_block() * width_, kernels_.compute_dtype());
+  // The rows of a rank, which this device has, of a round's heads to their places.
+  absl::Status CopyFrom(int rank, size_t round) {
+    const std::vector<int32_t>& kv_heads = rounds_[plan_.HeadIndex(rank_)][round].kv;  // neighbours
+    const int64_t bytes = RowBytes(plan_.NumTokens(rank));
+    if (bytes == 0 || kv_heads.empty()) return absl::OkStatus();
+    const AttentionLayout::Received& place = Received(round);
+    const HeadsView<void> to[] = {Dense(place.all_k, layout_.padded_tokens),
+                                  Dense(place.all_v, layout_.padded_tokens)};
+    // A relay has own rows too, but later.
+    const char* const from[] = {rank == rank_ ? static_cast<const char*>(params_.k.data) : RowsOf(rank, 0),
+                                rank == rank_ ? static_cast<const char*>(params_.v.data) : RowsOf(rank, 1)};
+    for (size_t buffer = 0; buffer < std::size(to); ++buffer) {
+      LF_RETURN_IF_ERROR(CopyToPlaces(kernels_, to[buffer].data, plan_.TokenPositions(rank),
+                                      from[buffer] + kv_heads.front() * bytes, RowBytes(1), bytes, copies_,
+                                      {.count = std::ssize(kv_heads),
+                                       .to_pitch = to[buffer].head_stride * element_,
+                                       .from_pitch = bytes}));
+    }
+    return absl::OkStatus();
   }
 
-  // [num_heads][rows] of one member, whose block b is block b * members + member of the destination;
-  // rows.begin is a multiple of the token block. Returns the byte behind what was read.
-  absl::StatusOr<const char*> Interleave(const char* from, int64_t num_heads, const TokenRange& rows,
-                                         int members, int member, HeadsView<void> to) {
+  // [num_heads][rows] of one member, all of whose rows have `places`. Returns the byte behind what was read.
+  absl::StatusOr<const char*> Place(const char* from, int64_t num_heads, const TokenRange& rows,
+                                    const PositionMap& places, HeadsView<void> to) {
     const int64_t bytes = RowBytes(rows);
-    const int64_t block_bytes = RowBytes(plan_.deal_block());
-    const int64_t to_row = (rows.begin / plan_.deal_block() * members + member) * plan_.deal_block();
-    for (int64_t head = 0; head < num_heads && bytes > 0; ++head, from += bytes) {
-      void* place = Advance(to.data, head * to.head_stride + to_row * width_, kernels_.compute_dtype());
-      LF_RETURN_IF_ERROR(CopyBlocks(kernels_, place, members * block_bytes, from, block_bytes, block_bytes,
-                                    bytes, exchange_));
-    }
-    return from;
+    if (bytes == 0 || num_heads == 0) return from;
+    LF_RETURN_IF_ERROR(
+        CopyToPlaces(kernels_, to.data, places.From(rows.begin), from, RowBytes(1), bytes, exchange_,
+                     {.count = num_heads, .to_pitch = to.head_stride * element_, .from_pitch = bytes}));
+    return from + num_heads * bytes;
+  }
+
+  // Where the rows of a member of the head group lie in those of the group.
+  PositionMap InGroup(int member) const {
+    const int64_t deal = plan_.deal_block();
+    return {.first = member * deal, .block = deal, .stride = head_group_.size() * deal};
   }
 
   // Rows of the dealt blocks [block, block + count) of a buffer with so many rows.
@@ -703,6 +755,7 @@ class ParallelAttention::AttentionRun {
   KernelSet& kernels_;
   Stream& stream_;
   Stream& exchange_;
+  Stream& copies_;  // within the device, of what peers do not bring
   Communicator& head_group_;
   Communicator& sequence_group_;
   const AttentionGeometry& geometry_;
@@ -730,11 +783,16 @@ namespace {
 
 // Of ParallelAttentionParams::peers.
 absl::Status CheckPeers(const ShardPlan& plan, const ParallelAttentionParams& params, const Mesh& mesh,
-                        const AttentionGeometry& geometry, int rank) {
+                        const AttentionGeometry& geometry, int rank, int64_t relay_bytes) {
   if (params.peers == nullptr) return absl::OkStatus();
   if (!ParallelAttention::BeginsEarly(mesh)) {
     return absl::InvalidArgumentError(
         absl::StrCat("attention: keys and values of peers are for meshes with head=1, not ", ToString(mesh)));
+  }
+  const bool has_room = params.peers->relay_k != nullptr && params.peers->relay_v != nullptr;
+  if (relay_bytes > 0 && !has_room) {
+    return absl::InvalidArgumentError(absl::StrCat("attention: keys and values of other hosts need twice ",
+                                                   relay_bytes, " bytes, there are none"));
   }
   const int64_t dense = plan.NumTokens(rank) * geometry.head_dim;
   for (const HeadsView<const void>& view : {params.k, params.v}) {
@@ -747,12 +805,12 @@ absl::Status CheckPeers(const ShardPlan& plan, const ParallelAttentionParams& pa
 }
 
 absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& params, const Mesh& mesh,
-                         const AttentionGeometry& geometry, int rank) {
+                         const AttentionGeometry& geometry, int rank, int64_t relay_bytes) {
   if (!(plan.mesh() == mesh)) {
     return absl::InvalidArgumentError(
         absl::StrCat("attention: plan for mesh ", ToString(plan.mesh()), ", groups for ", ToString(mesh)));
   }
-  LF_RETURN_IF_ERROR(CheckPeers(plan, params, mesh, geometry, rank));
+  LF_RETURN_IF_ERROR(CheckPeers(plan, params, mesh, geometry, rank, relay_bytes));
   const size_t heads = static_cast<size_t>(geometry.num_q_heads);
   const auto chunks = static_cast<size_t>(geometry.dual_chunk.NumChunks(plan.num_tokens()));
   if (params.indices.size() != chunks * heads || params.pairs.size() != heads) {
@@ -760,7 +818,6 @@ absl::Status CheckParams(const ShardPlan& plan, const ParallelAttentionParams& p
                                                    params.pairs.size(), " pair counts for ", heads,
                                                    " query heads in ", chunks, " chunks"));
   }
-  LF_RETURN_IF_ERROR(CheckDualChunkDeal("attention", geometry.dual_chunk, plan));
   if (geometry.dual_chunk.Splits(plan.num_tokens()) && params.query_rotary.head_dim != geometry.head_dim) {
     return absl::InvalidArgumentError(absl::StrCat("attention: queries are rotated in rows of ",
                                                    params.query_rotary.head_dim, ", heads have ",
@@ -815,6 +872,7 @@ absl::StatusOr<std::unique_ptr<ParallelAttention>> ParallelAttention::Create(
     return absl::InvalidArgumentError(
         absl::StrCat("mesh ", ToString(mesh), " needs ", mesh.size(), " ranks, there are ", world.size()));
   }
+  LF_RETURN_IF_ERROR(options.hosts.CheckAlike());
   std::unique_ptr<ParallelAttention> attention(
       new ParallelAttention(backend, world, mesh, geometry, options));
   const ShardPlan plan(mesh, 0);
@@ -822,14 +880,28 @@ absl::StatusOr<std::unique_ptr<ParallelAttention>> ParallelAttention::Create(
   const int h = plan.HeadIndex(world.rank());
   LF_ASSIGN_OR_RETURN(attention->head_group_, world.Split(s, h));
   LF_ASSIGN_OR_RETURN(attention->sequence_group_, world.Split(h, s));
+  if (BeginsEarly(mesh) && options.hosts.num_hosts() > 1) {
+    LF_ASSIGN_OR_RETURN(attention->relay_group_,
+                        world.Split(options.hosts.LocalOf(world.rank()), options.hosts.HostOf(world.rank())));
+  }
   LF_ASSIGN_OR_RETURN(attention->exchange_stream_, backend.NewStream());
+  LF_ASSIGN_OR_RETURN(attention->copy_stream_, backend.NewStream());
   for (std::unique_ptr<Event>* event :
        {&attention->launch_ended_[0], &attention->launch_ended_[1], &attention->inputs_ready_,
-        &attention->exchanges_ended_, &attention->received_[0], &attention->received_[1],
-        &attention->attended_[0], &attention->attended_[1]}) {
+        &attention->exchanges_ended_, &attention->relayed_, &attention->copied_, &attention->received_[0],
+        &attention->received_[1], &attention->attended_[0], &attention->attended_[1]}) {
     LF_ASSIGN_OR_RETURN(*event, backend.NewEvent());
   }
   return attention;
+}
+
+int64_t ParallelAttention::RelayBytes(const AttentionGeometry& geometry, DType dtype, const ShardPlan& plan,
+                                      const PeerHosts& hosts, int rank) {
+  int64_t rows = 0;
+  for (int host = 0; host < hosts.num_hosts() && hosts.num_hosts() > 1; ++host) {
+    rows += plan.NumTokens(hosts.RanksOf(host)[static_cast<size_t>(hosts.LocalOf(rank))]);
+  }
+  return rows * geometry.num_kv_heads * geometry.head_dim * DTypeBytes(dtype);
 }
 
 int64_t ParallelAttention::PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
@@ -837,12 +909,17 @@ int64_t ParallelAttention::PlanBytes(const KernelSet& kernels, const AttentionGe
   return AttentionLayout(kernels, geometry, plan, options).total_bytes;
 }
 
+int64_t ParallelAttention::OwnRelayBytes(const ShardPlan& plan) const {
+  if (relay_group_ == nullptr) return 0;
+  return RelayBytes(geometry_, backend_.kernels().compute_dtype(), plan, options_.hosts, world_.rank());
+}
+
 absl::Status ParallelAttention::Begin(const ShardPlan& plan, const ParallelAttentionParams& params) {
   LF_CHECK(BeginsEarly(mesh_) && params.heads.empty());
   LF_RETURN_IF_ERROR(Drop());
   begun_ = std::make_unique<AttentionRun>(*this, plan, params);
   CpuStream host;
-  absl::Status status = CheckPeers(plan, params, mesh_, geometry_, world_.rank());
+  absl::Status status = CheckPeers(plan, params, mesh_, geometry_, world_.rank(), OwnRelayBytes(plan));
   if (status.ok()) status = begun_->Allocate();
   status = AgreeOnStatus(world_, status, host);
   if (!status.ok()) {
@@ -861,7 +938,7 @@ absl::Status ParallelAttention::Drop() {
 
 absl::StatusOr<ParallelAttentionStats> ParallelAttention::Run(const ShardPlan& plan,
                                                               const ParallelAttentionParams& params) {
-  absl::Status ready = CheckParams(plan, params, mesh_, geometry_, world_.rank());
+  absl::Status ready = CheckParams(plan, params, mesh_, geometry_, world_.rank(), OwnRelayBytes(plan));
   if (ready.ok() && begun_ != nullptr && !begun_->IsFor(plan, params)) {
     ready = absl::InvalidArgumentError("attention: something else was begun");
   }

@@ -25,14 +25,25 @@
 
 namespace longfill {
 
+// Keys and values where peers read them, instead of an exchange: by copy engines, which leave all
+// multiprocessors to attention. The ranks wait for one another before and after.
+struct PeerKeys {
+  // On one host: k and v of all ranks, buffers 0 and 1, each dense from its start. On several: relay_k and
+  // relay_v of this host's ranks.
+  const PeerMemory* memory = nullptr;
+  // On several hosts (ParallelAttentionOptions::hosts), RelayBytes each: to which every rank gathers what the
+  // ranks at its place on all hosts have, and from which its neighbours read it, so that a row crosses the
+  // network once for each host.
+  void* relay_k = nullptr;
+  void* relay_v = nullptr;
+};
+
 // Activations are memory of the backend, of its compute dtype.
 struct ParallelAttentionParams {
   HeadsView<const void> q;     // [num_q_heads, local tokens, head_dim], rows as plan.TokenPositions(rank)
   HeadsView<const void> k, v;  // [num_kv_heads, local tokens, head_dim]
-  // Where BeginsEarly: k and v of all ranks, buffers 0 and 1, each dense from its start. They are read
-  // instead of exchanged, by copy engines, which leave all multiprocessors to attention; the ranks wait for
-  // one another before and after. nullptr, on all ranks: they are exchanged.
-  const PeerMemory* peers = nullptr;
+  // Where BeginsEarly; nullptr, on all ranks: keys and values are exchanged.
+  const PeerKeys* peers = nullptr;
   // [chunks, num_q_heads], equal on all ranks (LayerIndex::heads); one chunk unless dual chunks split the
   // prompt.
   std::span<const IndexView> indices;
@@ -69,6 +80,7 @@ struct ParallelAttentionOptions {
   int ctas_beside_exchange = 0;
   // The same while only peers' memory is read.
   int ctas_beside_peers = 0;
+  PeerHosts hosts;  // of the ranks; those of one host may be peers
 };
 
 class ParallelAttention {
@@ -76,8 +88,9 @@ class ParallelAttention {
   ~ParallelAttention();
 
   // Every rank of `world` calls this with an equal mesh and geometry; splits `world` into head and sequence
-  // groups. `backend` and `world`, whose calls take memory of the backend, outlive the result.
-  // InvalidArgument when the mesh does not match world.size().
+  // groups, and with several hosts into those that relay. `backend` and `world`, whose calls take memory of
+  // the backend, outlive the result. InvalidArgument when the mesh does not match world.size(),
+  // FailedPrecondition of PeerHosts::CheckAlike.
   static absl::StatusOr<std::unique_ptr<ParallelAttention>> Create(
       Backend& backend, Communicator& world, const Mesh& mesh, const AttentionGeometry& geometry,
       const ParallelAttentionOptions& options = {});
@@ -102,6 +115,9 @@ class ParallelAttention {
   // here and on peers, which the caller settles by agreeing on cancellation.
   absl::StatusOr<ParallelAttentionStats> Run(const ShardPlan& plan, const ParallelAttentionParams& params);
 
+  // Bytes of each of PeerKeys::relay_k and relay_v; 0 on one host.
+  static int64_t RelayBytes(const AttentionGeometry& geometry, DType dtype, const ShardPlan& plan,
+                            const PeerHosts& hosts, int rank);
   // Bytes of the backend's memory that Run takes, on the rank that needs most. Allocates nothing.
   static int64_t PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry, const ShardPlan& plan,
                            const AttentionLayout::Options& options = {});
@@ -111,6 +127,7 @@ class ParallelAttention {
 
   ParallelAttention(Backend& backend, Communicator& world, const Mesh& mesh,
                     const AttentionGeometry& geometry, const ParallelAttentionOptions& options);
+  int64_t OwnRelayBytes(const ShardPlan& plan) const;
 
   Backend& backend_;
   Communicator& world_;
@@ -119,10 +136,12 @@ class ParallelAttention {
   const ParallelAttentionOptions options_;
   std::unique_ptr<Communicator> head_group_;      // equal sequence index, ordered by head index
   std::unique_ptr<Communicator> sequence_group_;  // equal head index, ordered by sequence index
-  std::unique_ptr<Stream> exchange_stream_;
+  // Equal places on their hosts, ordered by host; nullptr where there is one host, or no use for it.
+  std::unique_ptr<Communicator> relay_group_;
+  std::unique_ptr<Stream> exchange_stream_, copy_stream_;
   std::array<std::unique_ptr<Event>, 2> launch_ended_;
   // Between the streams: where each takes over from the other, and of rounds by turns.
-  std::unique_ptr<Event> inputs_ready_, exchanges_ended_;
+  std::unique_ptr<Event> inputs_ready_, exchanges_ended_, relayed_, copied_;
   std::array<std::unique_ptr<Event>, 2> received_, attended_;
   StreamTimer attention_timer_;
   StreamTimer communication_timer_;

@@ -1,10 +1,56 @@
 #include "parallel/peer_memory.h"
 
 #include <cstdint>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 
 namespace longfill {
+namespace {
+
+absl::Status LendsNothing(const Backend& backend) {
+  return absl::FailedPreconditionError(backend.facts().name + " lends no memory to peers");
+}
+
+}  // namespace
+
+PeerHosts::PeerHosts(std::vector<int> host_of_rank) : ranks_(host_of_rank.empty() ? 1 : 0) {
+  std::map<int, int> numbers;
+  for (size_t rank = 0; rank < host_of_rank.size(); ++rank) {
+    const auto [found, is_new] = numbers.try_emplace(host_of_rank[rank], num_hosts());
+    if (is_new) ranks_.emplace_back();
+    std::vector<int>& ranks = ranks_[static_cast<size_t>(found->second)];
+    places_.push_back({found->second, static_cast<int>(ranks.size())});
+    ranks.push_back(static_cast<int>(rank));
+  }
+}
+
+absl::StatusOr<PeerHosts> PeerHosts::Find(Communicator& group, Backend& backend) {
+  CpuStream host;
+  PeerAccess* const access = backend.peers();
+  absl::StatusOr<std::string> name =
+      access != nullptr ? access->Host() : absl::StatusOr<std::string>(LendsNothing(backend));
+  LF_RETURN_IF_ERROR(AgreeOnStatus(group, name.status(), host));
+  LF_ASSIGN_OR_RETURN(const std::vector<std::string> all, AllGatherStrings(group, *name, host));
+  std::map<std::string, int> numbers;
+  std::vector<int> host_of_rank;
+  for (const std::string& of_rank : all) {
+    host_of_rank.push_back(numbers.try_emplace(of_rank, static_cast<int>(numbers.size())).first->second);
+  }
+  return PeerHosts(std::move(host_of_rank));
+}
+
+absl::Status PeerHosts::CheckAlike() const {
+  std::string counts;
+  bool alike = true;
+  for (const std::vector<int>& ranks : ranks_) {
+    absl::StrAppend(&counts, counts.empty() ? "" : ", ", ranks.size());
+    alike = alike && ranks.size() == ranks_[0].size() && ranks.size() > 1;
+  }
+  if (alike || num_hosts() == 1) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "the hosts have ", counts, " ranks, of which every one would need as many, and more than one"));
+}
 
 absl::StatusOr<std::unique_ptr<PeerMemory>> PeerMemory::Open(Communicator& group, PeerAccess& access,
                                                              std::span<const Buffer* const> buffers) {
@@ -58,11 +104,8 @@ PeerMemory::~PeerMemory() {
 absl::Status TryPeerMemory(Communicator& group, Backend& backend) {
   CpuStream host;
   PeerAccess* const access = backend.peers();
-  LF_RETURN_IF_ERROR(AgreeOnStatus(
-      group,
-      access != nullptr ? absl::OkStatus()
-                        : absl::FailedPreconditionError(backend.facts().name + " lends no memory to peers"),
-      host));
+  LF_RETURN_IF_ERROR(
+      AgreeOnStatus(group, access != nullptr ? absl::OkStatus() : LendsNothing(backend), host));
   const int64_t word = group.rank();
   constexpr auto kBytes = static_cast<int64_t>(sizeof(word));
   Buffer own, received;

@@ -16,6 +16,30 @@
 
 namespace longfill {
 
+// Which ranks of a group are on one host.
+class PeerHosts {
+ public:
+  PeerHosts() : PeerHosts(std::vector<int>()) {}      // nobody asked: there is one
+  explicit PeerHosts(std::vector<int> host_of_rank);  // any number of the host of each rank
+  // Collective over `group`. FailedPrecondition on all ranks where a device lends no memory to peers.
+  static absl::StatusOr<PeerHosts> Find(Communicator& group, Backend& backend);
+
+  int num_hosts() const { return static_cast<int>(ranks_.size()); }  // numbered as their first ranks ascend
+  const std::vector<int>& RanksOf(int host) const { return ranks_[static_cast<size_t>(host)]; }  // ascending
+  int HostOf(int rank) const { return places_[static_cast<size_t>(rank)].host; }
+  int LocalOf(int rank) const { return places_[static_cast<size_t>(rank)].local; }  // place among RanksOf
+  // OK where every host has as many ranks, and more than one; FailedPrecondition with the numbers.
+  absl::Status CheckAlike() const;
+
+ private:
+  struct Place {
+    int host = 0;
+    int local = 0;
+  };
+  std::vector<Place> places_;            // of each rank
+  std::vector<std::vector<int>> ranks_;  // of each host
+};
+
 // The same buffers of every rank of a group, where this one reads them. When a peer writes and frees its own
 // is for the caller to know.
 class PeerMemory {

@@ -172,7 +172,11 @@ class ShareSelector::Selection {
     if (!several_ranks_) return absl::OkStatus();
     return GatherPlanes(
         {.num_planes = group.outliers + 1, .row_bytes = key_bytes_, .num_rows = selector_.num_key_blocks_},
-        [this](int rank) { return WholeBlocksOf(plan_.NumTokens(rank)); }, Piece<char>(at_.representatives));
+        [this](int rank) {
+          return OwnRows{WholeBlocksOf(plan_.NumTokens(rank)),
+                         plan_.TokenPositions(rank).OfBlocks(kRowBlock)};
+        },
+        Piece<char>(at_.representatives));
   }
 
   // Rows of the rank that lie before row block `row_block` of the prompt.
@@ -189,8 +193,7 @@ class ShareSelector::Selection {
                 q.head_stride, q.row_stride};
     params.num_heads = part.num_heads;
     params.num_rows = LocalRowsBefore(world_.rank(), part.end) - first_row;
-    params.positions = plan_.TokenPositions(world_.rank());
-    params.positions.first = params.positions.Position(first_row);
+    params.positions = plan_.TokenPositions(world_.rank()).From(first_row);
     params.representatives = Piece<void>(at_.representatives);
     params.num_representatives = part.group.outliers + 1;
     params.num_key_blocks = selector_.num_key_blocks_;
@@ -208,7 +211,10 @@ class ShareSelector::Selection {
            .row_bytes = part.words_per_row() * static_cast<int64_t>(sizeof(uint64_t)),
            .num_rows = part.end - part.begin},
           [&](int rank) {
-            return RowBlocksOf(LocalRowsBefore(rank, part.end) - LocalRowsBefore(rank, part.begin));
+            const int64_t first = LocalRowsBefore(rank, part.begin);
+            PositionMap places = plan_.TokenPositions(rank).From(first).OfBlocks(kRowBlock);
+            places.first -= part.begin;
+            return OwnRows{RowBlocksOf(LocalRowsBefore(rank, part.end) - first), places};
           },
           Piece<char>(at_.bits)));
     }
@@ -242,25 +248,30 @@ class ShareSelector::Selection {
     int64_t row_bytes = 0;
     int64_t num_rows = 0;  // of all ranks
   };
-  // This rank's planes in at_.own, one after the other, to planes of all ranks' rows at `to`, in the order of
-  // the prompt. They start at a row block that is the first of rank 0.
-  template <typename RowsOf>
-  absl::Status GatherPlanes(const Planes& planes, const RowsOf& rows_of, char* to) {
+  // A rank's part of a plane.
+  struct OwnRows {
+    int64_t num_rows = 0;
+    PositionMap places;  // in the plane
+  };
+  // This rank's planes in at_.own, one after the other, to planes of all ranks' rows at `to`. own_rows(rank)
+  // gives OwnRows.
+  template <typename OwnRowsOf>
+  absl::Status GatherPlanes(const Planes& planes, const OwnRowsOf& own_rows, char* to) {
     const int size = world_.size();
     std::vector<int64_t> counts_bytes(size);
-    for (int r = 0; r < size; ++r) counts_bytes[r] = planes.num_planes * rows_of(r) * planes.row_bytes;
+    for (int r = 0; r < size; ++r) {
+      counts_bytes[r] = planes.num_planes * own_rows(r).num_rows * planes.row_bytes;
+    }
     LF_RETURN_IF_ERROR(
         world_.AllGather(Piece<void>(at_.own), Piece<void>(at_.gathered), counts_bytes, stream_));
     const char* from = Piece<char>(at_.gathered);
-    const int64_t block_bytes = plan_.deal_block() / kRowBlock * planes.row_bytes;
     for (int r = 0; r < size; ++r) {
-      const int64_t bytes = rows_of(r) * planes.row_bytes;  // of a plane
-      for (int64_t plane = 0; plane < planes.num_planes; ++plane) {
-        LF_RETURN_IF_ERROR(CopyBlocks(
-            kernels_, to + plane * planes.num_rows * planes.row_bytes + plan_.Slot(r) * block_bytes,
-            size * block_bytes, from, block_bytes, block_bytes, bytes, stream_));
-        from += bytes;
-      }
+      const OwnRows rows = own_rows(r);
+      const int64_t bytes = rows.num_rows * planes.row_bytes;  // of a plane
+      LF_RETURN_IF_ERROR(CopyToPlaces(
+          kernels_, to, rows.places, from, planes.row_bytes, bytes, stream_,
+          {.count = planes.num_planes, .to_pitch = planes.num_rows * planes.row_bytes, .from_pitch = bytes}));
+      from += planes.num_planes * bytes;
     }
     return absl::OkStatus();
   }

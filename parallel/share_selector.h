@@ -24,7 +24,7 @@ class ShareSelector {
   ShareSelector(const KernelSet& kernels, const ShardPlan& plan, const AttentionGeometry& geometry,
                 std::span<const HeadPattern> patterns);
 
-  int64_t ScratchBytes(int rank) const;  // rank 0 needs most; grows with the prompt, not with its square
+  int64_t ScratchBytes(int rank) const;  // grows with the prompt, not with its square
 
   // Every rank. Fills the storage of the block-share heads and this rank's share of their pair counts.
   absl::Status Select(const SelectionContext& context, HeadsView<const void> q,

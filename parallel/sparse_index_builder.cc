@@ -84,8 +84,10 @@ int64_t SparseIndexBuilder::IndexBytes(const AttentionGeometry& geometry, const 
 
 int64_t SparseIndexBuilder::PlanBytes(const KernelSet& kernels, const AttentionGeometry& geometry,
                                       const ShardPlan& plan, std::span<const HeadPattern> patterns) {
-  return IndexBytes(geometry, plan, patterns) +
-         MostScratchBytes(SelectorsOf(kernels, plan, geometry, patterns), 0);
+  const std::vector<Selectors> chunks = SelectorsOf(kernels, plan, geometry, patterns);
+  int64_t most = 0;
+  for (int rank = 0; rank < plan.mesh().size(); ++rank) most = std::max(most, MostScratchBytes(chunks, rank));
+  return IndexBytes(geometry, plan, patterns) + most;
 }
 
 absl::Status SparseIndexBuilder::Check(const ShardPlan& plan, std::span<const HeadPattern> patterns) const {
@@ -100,7 +102,6 @@ absl::Status SparseIndexBuilder::Check(const ShardPlan& plan, std::span<const He
   if (geometry_.dual_chunk.Splits(plan.num_tokens())) {
     LF_RETURN_IF_ERROR(CheckDualChunkPatterns(patterns, coverage_));
   }
-  LF_RETURN_IF_ERROR(CheckDualChunkDeal("sparse index", geometry_.dual_chunk, plan));
   for (const HeadPattern& pattern : patterns) {
     LF_RETURN_IF_ERROR(Validate(pattern));
     if (plan.num_tokens() > kMaxScoredTokens && std::holds_alternative<VerticalSlash>(pattern)) {

@@ -53,7 +53,7 @@ VerticalSlashSelector::VerticalSlashSelector(const KernelSet& kernels, const Sha
     budgets_.emplace_back(*lines, scope.num_keys());
   }
   const int64_t budget = kernels.device() == DeviceKind::kCpu ? kCpuScoreBytes : kDeviceScoreBytes;
-  const int64_t per_head = ScoreBytesPerHead(plan.NumTokens(0), plan.mesh().size() > 1, scope.split);
+  const int64_t per_head = ScoreBytesPerHead(plan.MostTokens(), plan.mesh().size() > 1, scope.split);
   heads_at_once_ =
       std::clamp<int64_t>(budget / per_head, 1, std::max<int64_t>(1, static_cast<int64_t>(heads_.size())));
 }
@@ -175,7 +175,7 @@ class VerticalSlashSelector::Batch {
     return {Piece<void>(offset), scope_.num_queries * width, width};
   }
 
-  // The queries may lie in two blocks of two ranks, so those of one rank are consecutive.
+  // The queries lie in one dealt block or in two neighbours, so those of one rank are consecutive.
   absl::Status GatherQueries(HeadsView<const void> q) {
     const int64_t row_bytes = selector_.geometry_.head_dim * DTypeBytes(kernels_.compute_dtype());
     const int64_t num_heads = selector_.geometry_.num_q_heads;
@@ -219,8 +219,7 @@ class VerticalSlashSelector::Batch {
     params.k = k;
     params.k.data = Advance(k.data, rows.begin * k.row_stride, kernels_.compute_dtype());
     params.num_keys = rows.end - rows.begin;
-    params.key_positions = positions_;
-    params.key_positions.first = positions_.Position(rows.begin);
+    params.key_positions = positions_.From(rows.begin);
     params.heads = heads_;
     params.num_q_heads = selector_.geometry_.num_q_heads;
     params.num_kv_heads = selector_.geometry_.num_kv_heads;
@@ -306,36 +305,71 @@ class VerticalSlashSelector::Batch {
     return kernels_.CopyIn(row_max, lowest.data(), rows * kFloat, stream_);
   }
 
+  // Dealt blocks of a rank whose successors in the prompt lie with one rank: every step-th from `first` on.
+  struct Successors {
+    int64_t first = 0;
+    int64_t step = 1;
+    int64_t count = 0;
+    int rank = 0;               // of the successors
+    int64_t first_of_rank = 0;  // dealt block; the others are step apart too
+  };
+  // Of all dealt blocks of a rank but the prompt's last one. On the way there a successor is with another
+  // group than on the way back, where the rank has blocks of both.
+  std::vector<Successors> SuccessorsOf(int rank) const {
+    const Mesh& mesh = plan_.mesh();
+    const int64_t step = mesh.sequence > 1 && mesh.head % 2 == 1 ? 2 : 1;
+    const int64_t deal = plan_.deal_block();
+    const PositionMap positions = plan_.TokenPositions(rank);
+    const int64_t num_blocks = plan_.DealtBlocks(plan_.NumTokens(rank)) -
+                               (plan_.RankOfToken(plan_.num_tokens() - 1) == rank ? 1 : 0);
+    std::vector<Successors> all;
+    for (int64_t first = 0; first < std::min(step, num_blocks); ++first) {
+      const int64_t next = positions.Position(first * deal) + deal;
+      const int owner = plan_.RankOfToken(next);
+      all.push_back({.first = first,
+                     .step = step,
+                     .count = (num_blocks - first + step - 1) / step,
+                     .rank = owner,
+                     .first_of_rank = plan_.TokenPositions(owner).RowsBelow(next) / deal});
+    }
+    return all;
+  }
+
   // The last 63 entries of each window are distances of the next key block. Those of the last window of a
-  // dealt block go to the owner of the next one, slot + 1.
+  // dealt block go to the owner of the next one.
   absl::Status ExchangeOverlaps() {
     constexpr int64_t kBytes = kDiagonalOverlap * kFloat;
     const int rank = world_.rank();
-    const int size = world_.size();
-    const int slot = plan_.Slot(rank);
-    const int64_t dealt = plan_.DealtBlocks(local_tokens_);
     const int64_t windows_of_dealt = plan_.deal_block() / kSelectionBlock;
-    const bool has_first = slot == 0 && dealt > 0;
-    const bool has_last = plan_.RankOfToken(plan_.num_tokens() - 1) == rank;
-    const int64_t with_previous = dealt - (has_first ? 1 : 0);
-    const int64_t with_next = dealt - (has_last ? 1 : 0);
-    char* const sent = Piece<char>(at_.overlaps_sent);
-    for (int64_t i = 0; i < count_ && with_next > 0; ++i) {
-      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = sent + i * with_next * kBytes,
-                                          .to_pitch = kBytes,
-                                          .from = OverlapsOf(i, windows_of_dealt - 1),
-                                          .from_pitch = windows_of_dealt * kDiagonalWindow * kFloat,
-                                          .row_bytes = kBytes,
-                                          .rows = with_next},
-                                         stream_));
+    std::vector<int64_t> send_bytes(world_.size());
+    std::vector<int64_t> recv_bytes(world_.size());
+    std::vector<Successors> mine = SuccessorsOf(rank);
+    std::stable_sort(mine.begin(), mine.end(),
+                     [](const Successors& a, const Successors& b) { return a.rank < b.rank; });
+    char* sent = Piece<char>(at_.overlaps_sent);
+    for (const Successors& blocks : mine) {
+      for (int64_t i = 0; i < count_; ++i, sent += blocks.count * kBytes) {
+        LF_RETURN_IF_ERROR(
+            kernels_.Copy2D({.to = sent,
+                             .to_pitch = kBytes,
+                             .from = OverlapsOf(i, (blocks.first + 1) * windows_of_dealt - 1),
+                             .from_pitch = blocks.step * windows_of_dealt * kDiagonalWindow * kFloat,
+                             .row_bytes = kBytes,
+                             .rows = blocks.count},
+                            stream_));
+      }
+      send_bytes[blocks.rank] += count_ * blocks.count * kBytes;
     }
-    const auto rank_of_slot = [&](int s) { return plan_.RankOfToken(plan_.deal_block() * s); };
-    std::vector<int64_t> send_bytes(size);
-    std::vector<int64_t> recv_bytes(size);
-    send_bytes[rank_of_slot((slot + 1) % size)] = count_ * with_next * kBytes;
-    recv_bytes[rank_of_slot((slot + size - 1) % size)] = count_ * with_previous * kBytes;
-    char* const received = Piece<char>(at_.overlaps_received);
-    LF_RETURN_IF_ERROR(world_.AllToAll(sent, send_bytes, received, recv_bytes, stream_));
+    std::vector<Successors> received;
+    for (int r = 0; r < world_.size(); ++r) {
+      for (const Successors& blocks : SuccessorsOf(r)) {
+        if (blocks.rank != rank) continue;
+        recv_bytes[r] += count_ * blocks.count * kBytes;
+        received.push_back(blocks);
+      }
+    }
+    LF_RETURN_IF_ERROR(world_.AllToAll(Piece<void>(at_.overlaps_sent), send_bytes,
+                                       Piece<void>(at_.overlaps_received), recv_bytes, stream_));
     char* const overlaps = Piece<char>(at_.overlaps);
     // Within a dealt block from the window before; the first of each is written over.
     if (windows_of_dealt > 1 && count_ * local_blocks_ > 1) {
@@ -347,19 +381,22 @@ class VerticalSlashSelector::Batch {
                                           .rows = count_ * local_blocks_ - 1},
                                          stream_));
     }
-    for (int64_t i = 0; i < count_; ++i) {
-      char* const of_head = overlaps + i * local_blocks_ * kBytes;
-      // The prompt's first block has none before it.
-      if (has_first) LF_RETURN_IF_ERROR(kernels_.Zero(of_head, kBytes, stream_));
-      if (with_previous == 0) continue;
-      const int64_t pitch = windows_of_dealt * kBytes;
-      LF_RETURN_IF_ERROR(kernels_.Copy2D({.to = of_head + (has_first ? pitch : 0),
-                                          .to_pitch = pitch,
-                                          .from = received + i * with_previous * kBytes,
-                                          .from_pitch = kBytes,
-                                          .row_bytes = kBytes,
-                                          .rows = with_previous},
-                                         stream_));
+    const char* from = Piece<char>(at_.overlaps_received);
+    for (const Successors& blocks : received) {
+      for (int64_t i = 0; i < count_; ++i, from += blocks.count * kBytes) {
+        LF_RETURN_IF_ERROR(kernels_.Copy2D(
+            {.to = overlaps + (i * local_blocks_ + blocks.first_of_rank * windows_of_dealt) * kBytes,
+             .to_pitch = blocks.step * windows_of_dealt * kBytes,
+             .from = from,
+             .from_pitch = kBytes,
+             .row_bytes = kBytes,
+             .rows = blocks.count},
+            stream_));
+      }
+    }
+    // The prompt's first block has none before it.
+    for (int64_t i = 0; i < count_ && plan_.RankOfToken(0) == rank; ++i) {
+      LF_RETURN_IF_ERROR(kernels_.Zero(overlaps + i * local_blocks_ * kBytes, kBytes, stream_));
     }
     return absl::OkStatus();
   }

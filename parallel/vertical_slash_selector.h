@@ -30,7 +30,7 @@ class VerticalSlashSelector {
   VerticalSlashSelector(const KernelSet& kernels, const ShardPlan& plan, const AttentionGeometry& geometry,
                         const SelectionScope& scope, std::span<const HeadPattern> patterns);
 
-  int64_t ScratchBytes(int rank) const;  // rank 0 needs most
+  int64_t ScratchBytes(int rank) const;
 
   // Every rank. Fills the storage of the vertical-slash heads, and this rank's share of their pair counts.
   absl::Status Select(const SelectionContext& context, HeadsView<const void> q,

@@ -82,12 +82,15 @@ if $quick; then
 fi
 
 if PATH=$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null; then
-  build cuda kernel_contract_test cuda_unit_test  # with the whole backend; the rest is compiled as for the preset cpu
+  # With the whole backend; the rest is compiled as for the preset cpu.
+  build cuda kernel_contract_test cuda_unit_test fake_nccl_ranks nccl_communicator_test
   step "clang-tidy of the CUDA backend"
   find kernels/cuda tests/unit/cuda -name '*.cc' ! -name cuda_absent.cc -print0 |
     xargs -0 .venv/bin/python tests/tidy.py --build build/cuda --seconds "${LONGFILL_TIDY_SECONDS:-90}"
   step "kernel contract tests of the preset cuda"
   run_tests "preset cuda, kernel contract" ctest --preset cuda -L contract -R '/cuda_'
+  step "tests of ranks over a stand-in for NCCL"
+  run_tests "preset cuda, stand-in for NCCL" ctest --preset cuda -R '^(Fake[.]|NcclCommunicator)'
 else
   step "skipped: build and tests of the preset cuda, since there is no nvcc on PATH or in /usr/local/cuda/bin"
 fi

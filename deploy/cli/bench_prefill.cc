@@ -26,6 +26,7 @@ struct BenchOptions {
   BenchWorkOptions work;
   std::string kv = "discard";
   bool compare_kv_copy = false;
+  RecallArguments recall;
   int repeat = 1;
   CardRates rates;
   bool json = false;
@@ -46,6 +47,7 @@ absl::StatusOr<BenchJob> MakeJob(const BenchOptions& options, const World& world
   job.request.attention = std::move(work.attention);
   job.request.coverage = work.coverage;
   job.request.token_ids = std::move(work.token_ids);
+  job.request.recall = options.recall.options;
   job.patterns = std::move(work.patterns);
   job.replayed = std::move(work.replayed);
   job.engine.index_replacement = job.replayed;
@@ -182,6 +184,7 @@ Command AddBenchPrefill(CLI::App& bench) {
   AddBenchWorkOptions(*app, options->work, options->model);
   AddKvOptions(*app, *options);
   AddMeasurementOptions(*app, *options);
+  AddRecallOptions(*app, "nobody watches; not with --indices", options->recall);
   AddMeshOption(*app, options->model);
   AddDeviceOption(*app, options->model);
   AddThreadsOption(*app, options->model);

@@ -39,6 +39,12 @@ void AddMeshes(int ranks, const LinkRates& links, std::vector<Mesh>* meshes) {
   }
 }
 
+PeerHosts HostsOf(const Mesh& mesh, const LinkRates& links) {
+  std::vector<int> host_of_rank;
+  for (int rank = 0; rank < mesh.size(); ++rank) host_of_rank.push_back(links.NodeOf(rank));
+  return PeerHosts(std::move(host_of_rank));
+}
+
 absl::StatusOr<std::vector<Mesh>> MakeMeshes(const ScalingOptions& options, const LinkRates& links) {
   std::vector<Mesh> meshes;
   for (const std::string& text : options.meshes) {
@@ -92,7 +98,7 @@ absl::StatusOr<ScalingRun> Measure(const RecordingJob& job, const ScalingWork& r
                                    Backend& device, LinkTraffic& traffic) {
   const auto begin = std::chrono::steady_clock::now();
   const LinkTraffic::Figures before = traffic.figures();
-  MeshGroups groups(mesh);
+  MeshGroups groups(mesh, job.hosts);
   LF_ASSIGN_OR_RETURN(const std::vector<RankRecording> recordings,
                       RecordRanks(job, mesh, groups, device, &traffic));
   ScalingRun run{.mesh = mesh, .peer_copies = job.peer_copies && ParallelAttention::BeginsEarly(mesh)};
@@ -130,7 +136,9 @@ absl::Status MeasureAll(const ScalingOptions& options, const ScalingWork& read, 
       LF_RETURN_IF_ERROR(job.replacement->Begin(*device, options.work.num_tokens));
     }
     for (const Mesh& mesh : read.meshes) {
-      job.peer_copies = read.peer_copies && mesh.size() <= read.links.ranks_per_node;
+      job.hosts = HostsOf(mesh, read.links);
+      job.peer_copies = read.peer_copies && job.hosts.CheckAlike().ok();
+      if (!job.peer_copies || !ParallelAttention::BeginsEarly(mesh)) job.hosts = PeerHosts();
       LF_ASSIGN_OR_RETURN(const ScalingRun run, Measure(job, read, mesh, *device, *traffic));
       report->runs.push_back(run);
       if (!options.json) std::printf("%s", report->RunText(report->runs.back()).c_str());

@@ -125,7 +125,9 @@ void AddDeviceOption(CLI::App& app, ModelOptions& options) {
   app.add_option(
          "--peer-copies", options.peer_copies,
          "whether copy engines bring keys and values from the other ranks' GPUs, when the mesh splits the\n"
-         "sequence alone: on, off, or auto (default): where all ranks are on one host and their GPUs can")
+         "sequence alone: on, off, or auto (default): where the GPUs of each host can, and every host has "
+         "as\n"
+         "many ranks")
       ->type_name("WHEN")
       ->check(CLI::IsMember({"auto", "on", "off"}));
 }
@@ -209,6 +211,7 @@ absl::StatusOr<DeviceOptions> DescribeDevice(const ModelOptions& options, int ra
   }
   if (options.device == "cpu") return device;
   device.kind = DeviceKind::kCuda;
+  device.peer_host = PeerHostFromEnvironment();
   device.ordinal = OrdinalOf(options.device).value_or(-1);
   return device;
 }

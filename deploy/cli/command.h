@@ -106,7 +106,7 @@ absl::StatusOr<AttentionSpec> ReadPatterns(const ModelOptions& options);
 // What the pattern options say; the engine adds those of the model directory.
 absl::StatusOr<AttentionDefaults> MakeAttentionDefaults(const ModelOptions& options);
 
-// --recall-monitor and --min-recall, of `prefill`, `submit` and `serve`.
+// --recall-monitor and --min-recall, of `prefill`, `submit`, `serve`, `inspect` and `bench prefill`.
 struct RecallArguments {
   RecallOptions options;
   bool given = false;  // one of them was

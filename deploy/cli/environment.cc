@@ -56,6 +56,11 @@ std::string PythonFromEnvironment() {
   return value == nullptr ? "" : value;
 }
 
+std::string PeerHostFromEnvironment() {
+  const char* value = std::getenv("LONGFILL_PEER_HOST");
+  return value == nullptr ? "" : value;
+}
+
 std::string HostName() {
   std::array<char, 256> name{};
   return gethostname(name.data(), name.size() - 1) == 0 ? name.data() : "localhost";

@@ -35,6 +35,9 @@ bool NcclRanksMayShareGpus();
 // LONGFILL_PYTHON: the Python that `longfill eval` runs; empty: not set.
 std::string PythonFromEnvironment();
 
+// LONGFILL_PEER_HOST: ranks for which it differs do not read one another's memory; empty: not set.
+std::string PeerHostFromEnvironment();
+
 std::string HostName();
 
 // Worker threads of one rank when --threads is absent: the cores of this host shared evenly by its ranks, no

@@ -282,10 +282,13 @@ void AddTargets(CLI::App& app, SearchCommandOptions& options) {
       ->check(CLI::Range(1e-6, 1.0));
   app.add_option(
          "--value", options.value,
-         "what makes a candidate good: recall, over all sampled rows; end (default), half of it that over\n"
-         "the last 64 rows, where a question stands and decoding goes on; or error, of the output")
+         "what makes a candidate good: recall, over all sampled rows; end (default), --end-share of it that\n"
+         "over the last 64 rows, where a question stands and decoding goes on; or error, of the output")
       ->type_name("WHAT")
       ->check(CLI::IsMember({"end", "error", "recall"}));
+  app.add_option("--end-share", options.end_share, "of --value end: what the last rows count (default: 0.5)")
+      ->type_name("X")
+      ->check(CLI::Range(0.0, 1.0));
   app.add_option("--target-tokens", options.target_tokens,
                  "lengths at which the time is kept to; some prompt has each (default: the longest)")
       ->type_name("N,...")

@@ -82,6 +82,11 @@ absl::StatusOr<SearchOptions> MakeSearchOptions(const SearchCommandOptions& opti
   search.value = options.value == "error"    ? SearchValue::kError
                  : options.value == "recall" ? SearchValue::kRecall
                                              : SearchValue::kEnd;
+  if (options.end_share >= 0 && search.value != SearchValue::kEnd) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--end-share ", options.end_share, " is a share of --value end, the value is ", options.value));
+  }
+  if (options.end_share >= 0) search.end_share = options.end_share;
   if (options.mean_recall > 0) {
     search.mean_value = options.mean_recall;
   } else {
@@ -150,6 +155,8 @@ Json DescribeTarget(const SearchCommandOptions& options, const SearchOptions& se
     return value ? Json(*value) : Json(nullptr);
   };
   return {{"value", options.value},
+          {"end_share",
+           optional(search.value == SearchValue::kEnd ? std::optional(search.end_share) : std::nullopt)},
           {"time", optional(search.time_share)},
           {"recall", optional(search.mean_value)},
           {"head_recall", search.head_recall}};

@@ -52,6 +52,7 @@ struct CudaBackendOptions {
   DType compute_dtype = DType::kBFloat16;  // or float16
   // Nothing but the kernels that run on every supported device: they check those of one architecture.
   bool generic_kernels = false;
+  std::string peer_host;  // PeerAccess::Host; empty: by what the system calls this host
 };
 // Unimplemented where longfill was built without CUDA, or for a device below sm_80 or a compute dtype that is
 // not 16 bits wide; Unavailable where there is no driver or no such device. The message says what is missing.

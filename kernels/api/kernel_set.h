@@ -404,7 +404,8 @@ struct BuildBlockListsParams {
                                    // that did not fit, so that more than `capacity` means overflow
 };
 
-// Copies `rows` pieces of `row_bytes`, whose starts lie to_pitch and from_pitch bytes apart. No overlap.
+// Copies `rows` pieces of `row_bytes`, whose starts lie to_pitch and from_pitch bytes apart, in each of
+// `planes` planes, which lie to_plane_pitch and from_plane_pitch bytes apart. No overlap.
 struct Copy2DParams {
   void* to = nullptr;
   int64_t to_pitch = 0;
@@ -412,6 +413,9 @@ struct Copy2DParams {
   int64_t from_pitch = 0;
   int64_t row_bytes = 0;
   int64_t rows = 0;
+  int64_t planes = 1;
+  int64_t to_plane_pitch = 0;
+  int64_t from_plane_pitch = 0;
 };
 
 class KernelSet {

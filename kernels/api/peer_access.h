@@ -19,6 +19,8 @@ class PeerAccess {
   // Of this device, that peers can open. Taking and returning it may wait for the device: for buffers that
   // last.
   virtual MemoryResource& memory() = 0;
+  // Equal for ranks of one host: any bytes. FailedPrecondition where the host cannot tell.
+  virtual absl::StatusOr<std::string> Host() = 0;
   // By which peers open a buffer of memory(), whole: any bytes.
   virtual absl::StatusOr<std::string> Handle(const Buffer& buffer) = 0;
   // Where this device reads a peer's buffer, until Close and while the peer keeps it. FailedPrecondition

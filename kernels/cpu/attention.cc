@@ -29,9 +29,7 @@ absl::Status CheckSequence(const AttentionParams& params, const AttentionSequenc
   }
   if (q_rows == 0) return absl::OkStatus();
   const PositionMap& map = sequence.q_positions;
-  if (map.first < 0 || map.block < 1 || map.stride < map.block) {
-    return bad("position map first ", map.first, " block ", map.block, " stride ", map.stride);
-  }
+  if (!map.Ascends()) return bad("position map ", ToString(map), " does not ascend");
   if (map.Position(q_rows - 1) >= sequence.num_tokens) {
     return bad("last query at position ", map.Position(q_rows - 1), " of ", sequence.num_tokens, " tokens");
   }

@@ -34,9 +34,9 @@ absl::Status CheckSelectBlocks(const SelectBlocksParams& params, Workspace works
   LF_RETURN_IF_ERROR(CheckHeadDim("block selection", params.head_dim));
   LF_RETURN_IF_ERROR(CheckAtLeast("block selection", "num_blocks", params.num_blocks, 1));
   const PositionMap& map = params.positions;
-  if (map.first < 0 || map.block < 1 || map.stride < map.block) {
-    return absl::InvalidArgumentError(absl::StrCat("block selection: position map first ", map.first,
-                                                   " block ", map.block, " stride ", map.stride));
+  if (!map.Ascends() || !map.KeepsTogether(kRowBlock, params.num_row_blocks * kRowBlock)) {
+    return absl::InvalidArgumentError(absl::StrCat("block selection: position map ", ToString(map),
+                                                   " does not keep blocks of ", kRowBlock, " rows together"));
   }
   const int64_t last = RowBlockOf(params, params.num_row_blocks - 1);  // they ascend
   if (last >= params.num_key_blocks) {

@@ -35,17 +35,21 @@ absl::Status CpuCopy(void* to, const void* from, int64_t bytes, ThreadPool& pool
 absl::Status CpuCopy2D(const Copy2DParams& params, ThreadPool& pool) {
   LF_RETURN_IF_ERROR(CheckAtLeast("copy 2D", "rows", params.rows, 0));
   LF_RETURN_IF_ERROR(CheckAtLeast("copy 2D", "row_bytes", params.row_bytes, 0));
-  if (params.row_bytes == 0) return absl::OkStatus();
+  LF_RETURN_IF_ERROR(CheckAtLeast("copy 2D", "planes", params.planes, 0));
+  if (params.row_bytes == 0 || params.rows == 0) return absl::OkStatus();
   if (params.rows > 1) {
     LF_RETURN_IF_ERROR(CheckAtLeast("copy 2D", "to_pitch", params.to_pitch, params.row_bytes));
     LF_RETURN_IF_ERROR(CheckAtLeast("copy 2D", "from_pitch", params.from_pitch, 0));
   }
   const int64_t rows_per_task = std::max<int64_t>(1, kBytesPerTask / params.row_bytes);
-  ForPieces(pool, params.rows, rows_per_task, [&](int64_t begin, int64_t end) {
-    char* to = static_cast<char*>(params.to) + begin * params.to_pitch;
-    const char* from = static_cast<const char*>(params.from) + begin * params.from_pitch;
-    for (int64_t row = begin; row < end; ++row, to += params.to_pitch, from += params.from_pitch) {
-      std::memcpy(to, from, static_cast<size_t>(params.row_bytes));
+  ForPieces(pool, params.planes * params.rows, rows_per_task, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t plane = i / params.rows;
+      const int64_t row = i % params.rows;
+      std::memcpy(
+          static_cast<char*>(params.to) + plane * params.to_plane_pitch + row * params.to_pitch,
+          static_cast<const char*>(params.from) + plane * params.from_plane_pitch + row * params.from_pitch,
+          static_cast<size_t>(params.row_bytes));
     }
   });
   return absl::OkStatus();

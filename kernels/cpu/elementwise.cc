@@ -45,8 +45,7 @@ absl::Status CheckRotary(const RotaryParams& params) {
   LF_RETURN_IF_ERROR(CheckAtLeast("rotary", "head_stride", params.head_stride,
                                   (params.row_offset + params.num_rows) * params.head_dim));
   if (params.positions.block < 1 || params.positions.stride < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("rotary: position map block ", params.positions.block,
-                                                   " stride ", params.positions.stride));
+    return absl::InvalidArgumentError(absl::StrCat("rotary: position map ", ToString(params.positions)));
   }
   return absl::OkStatus();
 }

@@ -44,13 +44,10 @@ absl::Status Check(const LastQueryParams& params, Workspace workspace, int num_t
     }
   }
   const PositionMap& map = params.key_positions;
-  const bool whole_blocks = map.block >= 1 && map.stride >= map.block && map.block % kSelectionBlock == 0 &&
-                            map.first % kSelectionBlock == 0;
-  const bool one_piece = map.first == 0 && params.num_keys <= map.block;
-  if (!whole_blocks && !one_piece) {
-    return absl::InvalidArgumentError(absl::StrCat("last-query scores: keys from ", map.first,
-                                                   " in blocks of ", map.block, ", need multiples of ",
-                                                   kSelectionBlock));
+  const auto is_whole_prompt = [&] { return map.Position(0) == 0 && map.IsOnePiece(params.num_keys); };
+  if (!map.Ascends() || (!map.HasWholeBlocks(kSelectionBlock) && !is_whole_prompt())) {
+    return absl::InvalidArgumentError(absl::StrCat("last-query scores: keys at ", ToString(map),
+                                                   ", which must ascend in multiples of ", kSelectionBlock));
   }
   return CheckWorkspace("last-query scores", workspace,
                         CpuLastQueryWorkspaceBytes(params.head_dim, num_threads));

@@ -23,9 +23,9 @@ uint64_t SelectionKey(float score, int64_t index) {
 }
 
 absl::Status CheckPositions(std::string_view operation, const PositionMap& map) {
-  if (map.first >= 0 && map.block >= 1 && map.stride >= map.block) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(std::string(operation), ": position map first ", map.first,
-                                                 " block ", map.block, " stride ", map.stride));
+  if (map.Ascends()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(std::string(operation), ": position map ", ToString(map), " does not ascend"));
 }
 
 absl::Status CheckLists(std::string_view operation, const SelectionLists& lists) {
@@ -57,7 +57,9 @@ void ForKeys(const SelectionLists& lists, int64_t list, int64_t begin, int64_t e
   const float* scores = lists.scores + list * lists.list_stride;
   const bool distances = list % 2 == 1;
   while (begin < end) {  // one piece of consecutive positions at a time
-    const int64_t piece_end = std::min(end, (begin / lists.positions.block + 1) * lists.positions.block);
+    const PositionMap& map = lists.positions;
+    const int64_t piece_end =
+        std::min(end, ((begin + map.skipped) / map.block + 1) * map.block - map.skipped);
     const int64_t first = lists.positions.Position(begin) - begin;
     for (int64_t e = begin; e < piece_end; ++e) {
       const int64_t index = distances ? lists.last_query - (first + e) : first + e;

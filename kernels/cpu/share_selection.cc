@@ -64,17 +64,10 @@ class BlockRepresentatives {
   float distance_[kRowBlock];
 };
 
-bool IsMultipleOfBlock(int64_t value) { return value % kRowBlock == 0; }
-
 absl::Status CheckPositions(const ShareSelectionParams& params) {
   const PositionMap& map = params.positions;
-  const bool one_piece = params.num_rows <= map.block;
-  if (map.first >= 0 && map.block >= 1 && map.stride >= map.block && IsMultipleOfBlock(map.first) &&
-      (one_piece || (IsMultipleOfBlock(map.block) && IsMultipleOfBlock(map.stride)))) {
-    return absl::OkStatus();
-  }
-  return absl::InvalidArgumentError(absl::StrCat("share selection: position map first ", map.first, " block ",
-                                                 map.block, " stride ", map.stride,
+  if (map.Ascends() && map.KeepsTogether(kRowBlock, params.num_rows)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("share selection: position map ", ToString(map),
                                                  " does not keep blocks of ", kRowBlock, " rows together"));
 }
 

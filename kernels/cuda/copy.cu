@@ -24,13 +24,13 @@ struct Tiling {
 template <typename Unit>
 __global__ void __launch_bounds__(kThreads)
     Copy2DKernel(Unit* to, int64_t to_pitch, const Unit* from, int64_t from_pitch, int64_t num_rows,
-                 Tiling tiling) {
+                 int64_t to_plane_pitch, int64_t from_plane_pitch, Tiling tiling) {
   const int64_t row_begin = int64_t{blockIdx.x / tiling.blocks_per_row} * tiling.rows_of_block;
   const int64_t column_begin = int64_t{blockIdx.x % tiling.blocks_per_row} * kUnitsOfBlock;
   const int rows = static_cast<int>(min(int64_t{tiling.rows_of_block}, num_rows - row_begin));
   const int width = static_cast<int>(min(int64_t{kUnitsOfBlock}, tiling.width - column_begin));
-  to += row_begin * to_pitch + column_begin;
-  from += row_begin * from_pitch + column_begin;
+  to += blockIdx.y * to_plane_pitch + row_begin * to_pitch + column_begin;
+  from += blockIdx.y * from_plane_pitch + row_begin * from_pitch + column_begin;
   Unit units[kPerThread];
 #pragma unroll
   for (int p = 0; p < kPerThread; ++p) {
@@ -53,9 +53,12 @@ absl::Status RunCopy2D(const Copy2DParams& params, cudaStream_t stream) {
   tiling.blocks_per_row = static_cast<uint32_t>(blocks_per_row);
   if (tiling.width < kUnitsOfBlock) tiling.rows_of_block = static_cast<int>(kUnitsOfBlock / tiling.width);
   return Launch("Copy2DKernel", Copy2DKernel<Unit>,
-                {.grid_x = CeilDiv(params.rows, tiling.rows_of_block) * blocks_per_row, .block = kThreads},
+                {.grid_x = CeilDiv(params.rows, tiling.rows_of_block) * blocks_per_row,
+                 .grid_y = params.planes,
+                 .block = kThreads},
                 stream, static_cast<Unit*>(params.to), params.to_pitch / kUnit,
-                static_cast<const Unit*>(params.from), params.from_pitch / kUnit, params.rows, tiling);
+                static_cast<const Unit*>(params.from), params.from_pitch / kUnit, params.rows,
+                params.to_plane_pitch / kUnit, params.from_plane_pitch / kUnit, tiling);
 }
 
 bool IsPageLocked(const void* host) {
@@ -90,7 +93,8 @@ absl::Status CudaCopyOut(void* host, const void* from, int64_t bytes, cudaStream
 absl::Status CudaCopy2D(const Copy2DParams& params, cudaStream_t stream) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast("copy 2D", "rows", params.rows, 0));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast("copy 2D", "row_bytes", params.row_bytes, 0));
-  if (params.rows == 0 || params.row_bytes == 0) return absl::OkStatus();
+  LF_RETURN_IF_ERROR(cuda::CheckAtLeast("copy 2D", "planes", params.planes, 0));
+  if (params.rows == 0 || params.row_bytes == 0 || params.planes == 0) return absl::OkStatus();
   Copy2DParams pieces = params;
   if (params.rows > 1) {
     LF_RETURN_IF_ERROR(cuda::CheckAtLeast("copy 2D", "to_pitch", params.to_pitch, params.row_bytes));
@@ -102,7 +106,9 @@ absl::Status CudaCopy2D(const Copy2DParams& params, cudaStream_t stream) {
   } else {
     pieces.to_pitch = pieces.from_pitch = 0;
   }
-  if (cuda::AlignedTo16(pieces.to, pieces.from, pieces.to_pitch, pieces.from_pitch, pieces.row_bytes)) {
+  if (params.planes == 1) pieces.to_plane_pitch = pieces.from_plane_pitch = 0;
+  if (cuda::AlignedTo16(pieces.to, pieces.from, pieces.to_pitch, pieces.from_pitch, pieces.row_bytes,
+                        pieces.to_plane_pitch, pieces.from_plane_pitch)) {
     return cuda::RunCopy2D<uint4>(pieces, stream);
   }
   return cuda::RunCopy2D<uint8_t>(pieces, stream);

@@ -97,7 +97,7 @@ class CudaBackend final : public Backend {
 
  private:
   explicit CudaBackend(const DeviceLimits& limits) : limits_(limits), host_memory_(limits.device) {}
-  absl::Status Start(DType compute_dtype);
+  absl::Status Start(const CudaBackendOptions& options);
   absl::Status RunFirstKernel();
 
   const DeviceLimits limits_;
@@ -125,19 +125,19 @@ absl::StatusOr<std::unique_ptr<Backend>> CudaBackend::Create(const CudaBackendOp
   backend->facts_.num_multiprocessors = limits.num_sms;
   backend->facts_.free_bytes_before = FreeBytesWithoutContext(properties.uuid);
   backend->facts_.id = absl::BytesToHexString({properties.uuid.bytes, sizeof(properties.uuid.bytes)});
-  LF_RETURN_IF_ERROR(Annotate(backend->Start(options.compute_dtype), backend->facts_.name));
+  LF_RETURN_IF_ERROR(Annotate(backend->Start(options), backend->facts_.name));
   return backend;
 }
 
-absl::Status CudaBackend::Start(DType compute_dtype) {
+absl::Status CudaBackend::Start(const CudaBackendOptions& options) {
   LF_RETURN_IF_ERROR(UseDevice(limits_.device));
   LF_ASSIGN_OR_RETURN(const MemoryInfo info, ReadMemoryInfo());
   facts_.memory_bytes = info.total_bytes;
   LF_ASSIGN_OR_RETURN(stream_, CudaStream::Create(limits_.device));
   LF_ASSIGN_OR_RETURN(memory_, CudaMemoryResource::Create(limits_.device, stream_->get()));
-  peers_ = std::make_unique<CudaPeerAccess>(limits_.device, *memory_, *stream_);
+  peers_ = std::make_unique<CudaPeerAccess>(limits_.device, *memory_, *stream_, options.peer_host);
   LF_RETURN_IF_ERROR(Annotate(RunFirstKernel(), "the first kernel"));
-  LF_ASSIGN_OR_RETURN(kernels_, CreateCudaKernelSet(limits_, compute_dtype, *memory_));
+  LF_ASSIGN_OR_RETURN(kernels_, CreateCudaKernelSet(limits_, options.compute_dtype, *memory_));
   return absl::OkStatus();
 }
 

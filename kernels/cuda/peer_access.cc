@@ -71,6 +71,13 @@ void SharedCudaMemoryResource::DoDeallocate(void* data, int64_t /*size_bytes*/) 
 
 absl::Status SharedCudaMemoryResource::DeviceHealth() const { return LostDeviceStatus(device_); }
 
+absl::StatusOr<std::string> CudaPeerAccess::Host() {
+  if (!host_.empty()) return host_;
+  HandleText text{};
+  LF_RETURN_IF_ERROR(ReadBootId(text.boot_id));
+  return std::string(text.boot_id, sizeof(text.boot_id));
+}
+
 absl::StatusOr<std::string> CudaPeerAccess::Handle(const Buffer& buffer) {
   LF_RETURN_IF_ERROR(UseDevice(device_));
   HandleText text{};

@@ -6,6 +6,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "kernels/api/peer_access.h"
 #include "kernels/base/memory.h"
@@ -35,11 +36,13 @@ class SharedCudaMemoryResource final : public MemoryResource {
 // Handles of CUDA's interprocess communication; between ranks of one process, addresses.
 class CudaPeerAccess final : public PeerAccess {
  public:
-  // `pool` and `stream`: the device's other memory and its order. Both outlive this.
-  CudaPeerAccess(int device, MemoryResource& pool, Stream& stream)
-      : device_(device), memory_(device, pool, stream) {}
+  // `pool` and `stream`: the device's other memory and its order. Both outlive this. `host`: of Host; empty:
+  // the host's boot id.
+  CudaPeerAccess(int device, MemoryResource& pool, Stream& stream, std::string host)
+      : device_(device), host_(std::move(host)), memory_(device, pool, stream) {}
 
   MemoryResource& memory() override { return memory_; }
+  absl::StatusOr<std::string> Host() override;
   absl::StatusOr<std::string> Handle(const Buffer& buffer) override;
   absl::StatusOr<const void*> Open(std::string_view handle) override;
   absl::Status Close(const void* opened) override;
@@ -47,6 +50,7 @@ class CudaPeerAccess final : public PeerAccess {
 
  private:
   const int device_;
+  const std::string host_;
   SharedCudaMemoryResource memory_;
   std::mutex mutex_;
   std::set<const void*> mapped_;  // of other processes

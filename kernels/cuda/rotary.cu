@@ -137,8 +137,7 @@ absl::Status Check(const RotaryParams& params) {
                                                    " entries for rotary_dim ", params.rotary_dim));
   }
   if (params.positions.block < 1 || params.positions.stride < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("rotary: position map block ", params.positions.block,
-                                                   " stride ", params.positions.stride));
+    return absl::InvalidArgumentError(absl::StrCat("rotary: position map ", ToString(params.positions)));
   }
   return absl::OkStatus();
 }

@@ -183,8 +183,7 @@ absl::Status LayerScorer::Launch(const LayerHeads& heads, HeadsView<const void> 
     sequence.q_begin = row;
     sequence.q_end = std::min(row + step, rows.num_rows);
     sequence.k_end = options_.num_tokens;
-    sequence.q_positions = rows.positions;
-    sequence.q_positions.first = rows.positions.Position(row);
+    sequence.q_positions = rows.positions.From(row);
     sequence.num_tokens = options_.num_tokens;
     sequence.key_range_end = options_.num_tokens;
     sequence.indices = indices;

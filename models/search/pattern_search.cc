@@ -157,7 +157,7 @@ class PatternSearch {
   double ValueOf(const ScoredPattern& pattern) const {
     switch (options_.value) {
       case SearchValue::kEnd:
-        return (pattern.recall + pattern.last_recall) / 2;
+        return options_.end_share * pattern.last_recall + (1 - options_.end_share) * pattern.recall;
       case SearchValue::kRecall:
         return pattern.recall;
       case SearchValue::kError:

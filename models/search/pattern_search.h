@@ -19,7 +19,9 @@
 namespace longfill {
 
 enum class SearchValue : uint8_t {
-  kEnd,  // mean of the recall over all sampled rows and that over the last ones, from which decoding goes on
+  // Recall over the last rows, from which decoding goes on, and over all sampled ones
+  // (SearchOptions::end_share).
+  kEnd,
   kRecall,  // mean recall over all sampled rows
   kError,   // 1 - relative error of the output, not below 0
 };
@@ -34,6 +36,7 @@ struct SearchOptions {
   // are of equal time, and its seconds are those of the result.
   std::vector<int64_t> target_lengths;
   SearchValue value = SearchValue::kEnd;
+  double end_share = 0.5;  // of the value kEnd, from 0 to 1: what the last rows count
   // Exactly one: total time as a share of that of `reference` on all heads, kept at every target length, or
   // the mean value.
   std::optional<double> time_share;

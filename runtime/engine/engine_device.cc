@@ -40,7 +40,8 @@ absl::StatusOr<std::shared_ptr<Backend>> CreateBackend(const DeviceOptions& opti
   LF_ASSIGN_OR_RETURN(std::unique_ptr<Backend> backend,
                       CreateCudaBackend({.device = ordinal,
                                          .compute_dtype = options.compute_dtype.value_or(DType::kBFloat16),
-                                         .generic_kernels = options.generic_kernels}));
+                                         .generic_kernels = options.generic_kernels,
+                                         .peer_host = options.peer_host}));
   return std::shared_ptr<Backend>(std::move(backend));
 }
 

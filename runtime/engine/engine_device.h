@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "kernels/api/backend.h"
 #include "kernels/base/dtype.h"
@@ -20,7 +21,8 @@ struct DeviceOptions {
   bool generic_kernels = false;        // of CudaBackendOptions
   int num_threads = 1;                 // on the CPU
   int ranks_on_host = 1;
-  int local_rank = 0;  // among them
+  int local_rank = 0;     // among them
+  std::string peer_host;  // of CudaBackendOptions
 };
 
 // Which of the `num_devices` visible GPUs the rank takes: `ordinal`, which need not be there, or that of its

@@ -104,12 +104,25 @@ absl::Status EngineState::Connect() {
                         CreateDeviceCommunicator(communicator, options.communicator.nccl, world, *backend));
   }
   if (sharded_weights != nullptr) LF_RETURN_IF_ERROR(sharded_weights->Connect(device_world()));
-  LF_ASSIGN_OR_RETURN(attention,
-                      ParallelAttention::Create(
-                          *backend, device_world(), options.mesh, GeometryOf(config),
-                          {.ctas_beside_exchange = CtasBesideExchange(),
-                           .ctas_beside_peers = sharded_weights != nullptr ? CtasBesideExchange() : 0}));
-  return DecidePeerCopies();
+  LF_RETURN_IF_ERROR(DecidePeerCopies());
+  LF_ASSIGN_OR_RETURN(
+      attention,
+      ParallelAttention::Create(*backend, device_world(), options.mesh, GeometryOf(config),
+                                {.ctas_beside_exchange = CtasBesideExchange(),
+                                 .ctas_beside_peers = sharded_weights != nullptr ? CtasBesideExchange() : 0,
+                                 .hosts = peer_hosts}));
+  return absl::OkStatus();
+}
+
+// Collective: which ranks are on one host, and whether they read one another's memory there.
+absl::Status EngineState::FindPeers() {
+  LF_ASSIGN_OR_RETURN(peer_hosts, PeerHosts::Find(world, *backend));
+  LF_RETURN_IF_ERROR(peer_hosts.CheckAlike());
+  if (peer_hosts.num_hosts() > 1) {
+    LF_ASSIGN_OR_RETURN(own_host,
+                        world.Split(peer_hosts.HostOf(world.rank()), peer_hosts.LocalOf(world.rank())));
+  }
+  return AgreeOnStatus(world, TryPeerMemory(peers(), *backend), host_stream);
 }
 
 absl::Status EngineState::DecidePeerCopies() {
@@ -122,9 +135,11 @@ absl::Status EngineState::DecidePeerCopies() {
                      ToString(options.mesh)));
   }
   if (!of_use) return absl::OkStatus();
-  const absl::Status status = TryPeerMemory(world, *backend);
+  const absl::Status status = FindPeers();
   peer_copies = status.ok();
   if (status.ok()) return absl::OkStatus();
+  peer_hosts = PeerHosts();
+  own_host.reset();
   if (asked == PeerCopies::kOn) return Annotate(status, "keys and values by copy engines");
   LF_RETURN_IF_ERROR(Agree(backend->Health()));
   peer_copies_reason = std::string(status.message());
@@ -198,6 +213,7 @@ MemoryPlanInput EngineState::PlanInput(const PrefillRequest& request, const Patt
       .outside_bytes = outside_bytes,
       .staged_exchange = communicator.kind == CommunicatorKind::kStaged,
       .peer_copies = peer_copies,
+      .peer_hosts = peer_hosts,
       .kv_export = options.kv_export,
       .mesh = options.mesh,
       .num_tokens = static_cast<int64_t>(request.token_ids.size()),

@@ -64,13 +64,20 @@ struct EngineState {
   std::unique_ptr<Communicator> gpu_world;  // on a GPU
   std::unique_ptr<ParallelAttention> attention;
   CommunicatorChoice communicator;
-  bool peer_copies = false;        // PeerCopies, as decided
-  std::string peer_copies_reason;  // why not; empty: nobody asked
-  int ranks_on_device = 1;         // ranks of `world` that compute on this one's device
-  int64_t device_bytes_free = 0;   // for this rank, before any of them has loaded its weights
-  int64_t outside_bytes = 0;       // MemoryPlan::outside_bytes
+  bool peer_copies = false;                // PeerCopies, as decided
+  PeerHosts peer_hosts;                    // then: of the ranks
+  std::unique_ptr<Communicator> own_host;  // of host memory; where there are several hosts
+  std::string peer_copies_reason;          // why not; empty: nobody asked
+  int ranks_on_device = 1;                 // ranks of `world` that compute on this one's device
+  int64_t device_bytes_free = 0;           // for this rank, before any of them has loaded its weights
+  int64_t outside_bytes = 0;               // MemoryPlan::outside_bytes
   std::atomic<bool> healthy{true};
   bool shut_down = false;
+
+  // Whether keys and values of other hosts come through the memory of this one (PeerKeys).
+  bool relayed() const { return peer_copies && peer_hosts.num_hosts() > 1; }
+  // The ranks that read one another's memory.
+  Communicator& peers() { return own_host != nullptr ? *own_host : world; }
 
   // Of all layers, or of what belongs to none.
   const ModelWeights& weights() const {
@@ -91,6 +98,7 @@ struct EngineState {
   absl::Status CheckRanksHaveOneModel();
   int CtasBesideExchange() const;
   absl::Status DecidePeerCopies();
+  absl::Status FindPeers();
 };
 
 }  // namespace longfill

@@ -56,10 +56,15 @@ std::optional<int64_t> ControlGroupBytesLeft() {
   return std::max<int64_t>(0, *limit - *used + reclaimable);
 }
 
-int64_t MostTokens(const ShardPlan& plan) {
+// For keys and values of other hosts, on the rank that needs most.
+int64_t RelayBytes(const MemoryPlanInput& input, const ShardPlan& plan) {
   int64_t most = 0;
-  for (int rank = 0; rank < plan.mesh().size(); ++rank) most = std::max(most, plan.NumTokens(rank));
-  return most;
+  for (int rank = 0; rank < plan.mesh().size() && input.peer_copies; ++rank) {
+    most = std::max(
+        most, ParallelAttention::RelayBytes(GeometryOf(*input.config), input.kernels->compute_dtype(), plan,
+                                            input.peer_hosts, rank));
+  }
+  return 2 * most;
 }
 
 // Notes the index of a layer, of `shared` bytes more; returns the scratch that makes it.
@@ -78,8 +83,11 @@ void PlanAttention(const MemoryPlanInput& input, const ShardPlan& plan, bool wat
   const AttentionGeometry geometry = GeometryOf(*input.config);
   const auto num_sampled =
       watched ? static_cast<int64_t>(SampledPositions(plan.num_tokens(), geometry.q_per_kv()).size()) : 0;
-  const int64_t attention = ParallelAttention::PlanBytes(
-      *input.kernels, geometry, plan, {.num_sampled = num_sampled, .from_peers = input.peer_copies});
+  const int64_t attention =
+      ParallelAttention::PlanBytes(*input.kernels, geometry, plan,
+                                   {.num_sampled = num_sampled,
+                                    .from_peers = input.peer_copies,
+                                    .relayed = input.peer_copies && input.peer_hosts.num_hosts() > 1});
   if (watched) {
     scratch = std::max(scratch, RecallMonitor::PlanBytes(*input.kernels, geometry, plan, window));
   }
@@ -149,7 +157,7 @@ MemoryPlan PlanMemory(const MemoryPlanInput& input) {
   result.weights_in_pool = input.weights_in_pool;
   result.weights_bytes = input.weights_bytes;
   result.outside_bytes = input.outside_bytes;
-  result.activation_bytes = Transformer::PlanBytes(config, *input.kernels, plan);
+  result.activation_bytes = Transformer::PlanBytes(config, *input.kernels, plan) + RelayBytes(input, plan);
   PlanLayers(input, plan, &result);
   // Rank 0 holds all logits and what the owners sent.
   result.logits_bytes =
@@ -160,7 +168,7 @@ MemoryPlan PlanMemory(const MemoryPlanInput& input) {
   result.kv_ring_bytes = KvRing::PlanBytes(result.device, input.kv_export);
   const KvTierPlan tier = PlanKvTier(input.kv_tier, {.num_layers = config.num_layers,
                                                      .num_kv_heads = config.num_kv_heads,
-                                                     .num_rows = MostTokens(plan),
+                                                     .num_rows = plan.MostTokens(),
                                                      .head_dim = config.head_dim,
                                                      .kv_dtype = input.kv_dtype,
                                                      .compute_dtype = input.kernels->compute_dtype(),

@@ -11,6 +11,7 @@
 #include "models/pattern_file.h"
 #include "models/recall_guard.h"
 #include "parallel/mesh.h"
+#include "parallel/peer_memory.h"
 #include "runtime/kv/kv_exporter.h"
 #include "runtime/kv/kv_tier.h"
 
@@ -62,6 +63,7 @@ struct MemoryPlanInput {
   std::function<int64_t(int64_t num_tokens)> replacement_bytes;
   bool staged_exchange = true;  // several ranks exchange memory of a GPU through the host
   bool peer_copies = false;     // keys and values are read from peers (ParallelAttentionParams::peers)
+  PeerHosts peer_hosts;         // then: of the ranks
   KvExportOptions kv_export;
   Mesh mesh;
   int64_t num_tokens = 0;

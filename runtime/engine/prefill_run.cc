@@ -108,7 +108,8 @@ class PrefillRun {
   // What holds memory of the backend for this prompt.
   struct Work {
     std::unique_ptr<Transformer> transformer;
-    std::unique_ptr<PeerMemory> peers;  // of its keys and values
+    Buffer relay_k, relay_v;            // PeerKeys, where there are several hosts
+    std::unique_ptr<PeerMemory> peers;  // of the transformer's keys and values, or of these
     std::optional<SparseIndexBuilder> index_builder;
     std::optional<RecallMonitor> recall;
     std::unique_ptr<KvExporter> exporter;
@@ -199,7 +200,15 @@ absl::Status PrefillRun::Compute() {
 
 // All memory of the prompt but that of one layer's selection and attention; the embedded tokens.
 absl::Status PrefillRun::Prepare(Work& work) {
-  MemoryResource* const kv_memory = engine_.peer_copies ? &engine_.backend->peers()->memory() : nullptr;
+  MemoryResource* kv_memory = engine_.peer_copies ? &engine_.backend->peers()->memory() : nullptr;
+  if (engine_.relayed()) {
+    const int64_t bytes =
+        ParallelAttention::RelayBytes(GeometryOf(engine_.config), engine_.backend->kernels().compute_dtype(),
+                                      plan_, engine_.peer_hosts, transfer_.rank);
+    LF_ASSIGN_OR_RETURN(work.relay_k, kv_memory->Allocate(bytes, "keys of all hosts"));
+    LF_ASSIGN_OR_RETURN(work.relay_v, kv_memory->Allocate(bytes, "values of all hosts"));
+    kv_memory = nullptr;  // nobody reads the transformer's
+  }
   LF_ASSIGN_OR_RETURN(work.transformer,
                       Transformer::Create(engine_.config, engine_.weights(), *engine_.backend, plan_,
                                           transfer_.rank, kv_memory));
@@ -233,15 +242,20 @@ absl::Status PrefillRun::Prepare(Work& work) {
 // Collective.
 absl::Status PrefillRun::OpenPeers(Work& work) {
   if (!engine_.peer_copies) return absl::OkStatus();
-  const Buffer* const buffers[] = {&work.transformer->keys(), &work.transformer->values()};
-  LF_ASSIGN_OR_RETURN(work.peers, PeerMemory::Open(engine_.world, *engine_.backend->peers(), buffers));
-  return absl::OkStatus();
+  const bool relayed = engine_.relayed();
+  const Buffer* const buffers[] = {relayed ? &work.relay_k : &work.transformer->keys(),
+                                   relayed ? &work.relay_v : &work.transformer->values()};
+  absl::StatusOr<std::unique_ptr<PeerMemory>> opened =
+      PeerMemory::Open(engine_.peers(), *engine_.backend->peers(), buffers);
+  if (opened.ok()) work.peers = *std::move(opened);
+  return relayed ? engine_.Agree(opened.status()) : opened.status();
 }
 
 absl::Status PrefillRun::RunLayers(Work& work) {
+  const PeerKeys keys{work.peers.get(), work.relay_k.data(), work.relay_v.data()};
   LayerParallelism parallel = {.index_builder = &*work.index_builder,
                                .attention = engine_.attention.get(),
-                               .peers = work.peers.get(),
+                               .peers = work.peers != nullptr ? &keys : nullptr,
                                .layer_weights = engine_.sharded_weights.get(),
                                .recall = work.recall.has_value() ? &*work.recall : nullptr,
                                .min_recall = request_.recall.min_recall};

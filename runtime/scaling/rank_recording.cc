@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <utility>
 #include <variant>
 
@@ -44,7 +45,7 @@ class RankRun {
         backend_(device),
         peers_(groups, rank, backend_, traffic),
         world_(peers_.World()),
-        memory_of_peers_(plan_, rank, backend_, traffic) {}
+        memory_of_peers_(MembersOf(job.hosts, mesh, rank), rank, backend_, traffic) {}
 
   absl::StatusOr<RankRecording> Run() {
     LF_RETURN_IF_ERROR(Create());
@@ -65,19 +66,40 @@ class RankRun {
     LF_ASSIGN_OR_RETURN(transformer_, Transformer::Create(job_.config, job_.weights, backend_, plan_, rank_));
     LF_ASSIGN_OR_RETURN(index_builder_,
                         SparseIndexBuilder::Create(backend_, *world_, geometry, job_.coverage));
-    LF_ASSIGN_OR_RETURN(attention_,
-                        ParallelAttention::Create(backend_, *world_, plan_.mesh(), geometry,
-                                                  {.ctas_beside_exchange = job_.ctas_beside_exchange}));
+    LF_ASSIGN_OR_RETURN(
+        attention_,
+        ParallelAttention::Create(backend_, *world_, plan_.mesh(), geometry,
+                                  {.ctas_beside_exchange = job_.ctas_beside_exchange, .hosts = job_.hosts}));
     if (!job_.peer_copies || !ParallelAttention::BeginsEarly(plan_.mesh())) return absl::OkStatus();
-    int64_t most_tokens = 0;
-    for (int rank = 0; rank < plan_.mesh().size(); ++rank) {
-      most_tokens = std::max(most_tokens, plan_.NumTokens(rank));
+    return OpenPeers();
+  }
+
+  absl::Status OpenPeers() {
+    const DType dtype = backend_.kernels().compute_dtype();
+    const auto relay_bytes = [&](int rank) {
+      return ParallelAttention::RelayBytes(GeometryOf(job_.config), dtype, plan_, job_.hosts, rank);
+    };
+    const bool relayed = job_.hosts.num_hosts() > 1;
+    int64_t most_bytes =
+        plan_.MostTokens() * job_.config.num_kv_heads * job_.config.head_dim * DTypeBytes(dtype);
+    if (relayed) {
+      for (Buffer* buffer : {&relay_k_, &relay_v_}) {
+        LF_ASSIGN_OR_RETURN(*buffer, backend_.memory().Allocate(relay_bytes(rank_), "of all hosts"));
+      }
+      for (const int rank : job_.hosts.RanksOf(0)) most_bytes = std::max(most_bytes, relay_bytes(rank));
     }
-    const int64_t bytes = most_tokens * job_.config.num_kv_heads * job_.config.head_dim *
-                          DTypeBytes(backend_.kernels().compute_dtype());
-    const Buffer* const own[] = {&transformer_->keys(), &transformer_->values()};
-    LF_ASSIGN_OR_RETURN(keys_and_values_, memory_of_peers_.Open(own, bytes));
+    const Buffer* const own[] = {relayed ? &relay_k_ : &transformer_->keys(),
+                                 relayed ? &relay_v_ : &transformer_->values()};
+    LF_ASSIGN_OR_RETURN(keys_and_values_, memory_of_peers_.Open(own, most_bytes));
+    peer_keys_ = {keys_and_values_.get(), relay_k_.data(), relay_v_.data()};
     return absl::OkStatus();
+  }
+
+  static std::vector<int> MembersOf(const PeerHosts& hosts, const Mesh& mesh, int rank) {
+    if (hosts.num_hosts() > 1) return hosts.RanksOf(hosts.HostOf(rank));
+    std::vector<int> all(static_cast<size_t>(mesh.size()));
+    std::iota(all.begin(), all.end(), 0);
+    return all;
   }
 
   absl::Status Embed() {
@@ -90,8 +112,9 @@ class RankRun {
   }
 
   absl::StatusOr<RecordedSteps> RunLayer(int64_t layer) {
-    LayerParallelism parallel{
-        .index_builder = &*index_builder_, .attention = attention_.get(), .peers = keys_and_values_.get()};
+    LayerParallelism parallel{.index_builder = &*index_builder_,
+                              .attention = attention_.get(),
+                              .peers = keys_and_values_ != nullptr ? &peer_keys_ : nullptr};
     if (job_.replacement != nullptr) {
       parallel.replace_index = [this](int64_t of, LayerIndex* index) {
         return job_.replacement->Replace(of, index);
@@ -115,7 +138,9 @@ class RankRun {
   RecordedPeers memory_of_peers_;
   CpuStream host_;
   std::unique_ptr<Transformer> transformer_;
-  std::unique_ptr<PeerMemory> keys_and_values_;  // of all ranks
+  Buffer relay_k_, relay_v_;                     // where there are several hosts
+  std::unique_ptr<PeerMemory> keys_and_values_;  // of all ranks of the host
+  PeerKeys peer_keys_;
   std::optional<SparseIndexBuilder> index_builder_;
   std::unique_ptr<ParallelAttention> attention_;
 };

@@ -31,8 +31,10 @@ struct RecordingJob {
   IndexReplacement* replacement = nullptr;
   std::vector<int64_t> layers;   // to run, ascending, not empty
   int ctas_beside_exchange = 0;  // ParallelAttentionOptions
-  // Keys and values come from peers (ParallelAttentionParams), on meshes where they can.
+  // Keys and values come from peers (ParallelAttentionParams), on meshes where they can; the ranks of each
+  // mesh, which are alike (PeerHosts::CheckAlike).
   bool peer_copies = false;
+  PeerHosts hosts;
   std::function<absl::Status()> should_stop;
 };
 

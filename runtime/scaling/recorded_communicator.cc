@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "parallel/communicator_internal.h"
+#include "parallel/parallel_attention.h"
 
 namespace longfill {
 namespace {
@@ -22,7 +23,7 @@ char* At(void* base, int64_t offset) { return static_cast<char*>(base) + offset;
 
 }  // namespace
 
-MeshGroups::MeshGroups(const Mesh& mesh) {
+MeshGroups::MeshGroups(const Mesh& mesh, const PeerHosts& hosts) {
   const ShardPlan plan(mesh, 0);
   std::vector<int> world(static_cast<size_t>(mesh.size())), sequence, head;
   std::iota(world.begin(), world.end(), 0);
@@ -30,9 +31,16 @@ MeshGroups::MeshGroups(const Mesh& mesh) {
     sequence.push_back(plan.SequenceIndex(rank));
     head.push_back(plan.HeadIndex(rank));
   }
-  members_.push_back(std::move(world));
+  members_.push_back(world);
   AddSplit(sequence, head);
   AddSplit(head, sequence);
+  if (hosts.num_hosts() == 1 || !ParallelAttention::BeginsEarly(mesh)) return;
+  std::vector<int> local, host;
+  for (const int rank : world) {
+    local.push_back(hosts.LocalOf(rank));
+    host.push_back(hosts.HostOf(rank));
+  }
+  AddSplit(std::move(local), std::move(host));
 }
 
 void MeshGroups::AddSplit(std::vector<int> colors, std::vector<int> keys) {

@@ -12,6 +12,7 @@
 
 #include "parallel/communicator.h"
 #include "parallel/mesh.h"
+#include "parallel/peer_memory.h"
 #include "runtime/scaling/link_traffic.h"
 #include "runtime/scaling/recorded_backend.h"
 
@@ -22,8 +23,8 @@ namespace longfill {
 // first rank that came to each, so that all ranks go on from equal ones as they do in a real group.
 class MeshGroups {
  public:
-  // The world, and the splits that ParallelAttention::Create makes of it, in their order.
-  explicit MeshGroups(const Mesh& mesh);
+  // The world, and the splits that ParallelAttention::Create makes of it with these hosts, in their order.
+  explicit MeshGroups(const Mesh& mesh, const PeerHosts& hosts = PeerHosts());
 
   // Schedule::groups; the first is the world.
   const std::vector<std::vector<int>>& members() const { return members_; }

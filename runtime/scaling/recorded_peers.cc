@@ -1,13 +1,13 @@
 #include "runtime/scaling/recorded_peers.h"
 
-#include <numeric>
+#include <algorithm>
+#include <utility>
 
 namespace longfill {
 
-RecordedPeers::RecordedPeers(const ShardPlan& plan, int rank, RecordedBackend& backend, LinkTraffic* traffic)
-    : rank_(rank), backend_(backend), traffic_(traffic), members_(static_cast<size_t>(plan.mesh().size())) {
-  std::iota(members_.begin(), members_.end(), 0);
-}
+RecordedPeers::RecordedPeers(std::vector<int> members, int rank, RecordedBackend& backend,
+                             LinkTraffic* traffic)
+    : rank_(rank), backend_(backend), traffic_(traffic), members_(std::move(members)) {}
 
 absl::StatusOr<std::unique_ptr<PeerMemory>> RecordedPeers::Open(std::span<const Buffer* const> own,
                                                                 int64_t bytes) {
@@ -56,8 +56,9 @@ absl::Status RecordedPeers::Copy(const Copy2DParams& params, Stream& stream) {
     ExchangeCall call{.kind = ExchangeKind::kAllToAll};
     call.sent.assign(members_.size(), 0);
     call.received = call.sent;
-    call.received[(static_cast<size_t>(rank_) + 1) % members_.size()] = bytes;
-    traffic_->Add(call, members_, rank_);
+    const auto me = static_cast<size_t>(std::ranges::find(members_, rank_) - members_.begin());
+    call.received[(me + 1) % members_.size()] = bytes;
+    traffic_->Add(call, members_, static_cast<int>(me));
   }
   return backend_.recorder().Step(
       {.kind = ScheduleStep::Kind::kPeerCopy, .stream = recorded->number(), .bytes = bytes}, copy);

@@ -11,7 +11,6 @@
 
 #include "kernels/api/peer_access.h"
 #include "kernels/base/memory.h"
-#include "parallel/mesh.h"
 #include "parallel/peer_memory.h"
 #include "runtime/scaling/link_traffic.h"
 #include "runtime/scaling/recorded_backend.h"
@@ -22,13 +21,14 @@ namespace longfill {
 // copies as much beside the work. A place in which they land is filled with random numbers once.
 class RecordedPeers final : public PeerAccess {
  public:
-  // All outlive the result.
-  RecordedPeers(const ShardPlan& plan, int rank, RecordedBackend& backend, LinkTraffic* traffic);
+  // `members`: the ranks that read one another's memory, this one among them. The others outlive the result.
+  RecordedPeers(std::vector<int> members, int rank, RecordedBackend& backend, LinkTraffic* traffic);
 
   // Of this rank's `own` buffers, of at most `bytes` on any rank.
   absl::StatusOr<std::unique_ptr<PeerMemory>> Open(std::span<const Buffer* const> own, int64_t bytes);
 
   MemoryResource& memory() override { return backend_.memory(); }
+  absl::StatusOr<std::string> Host() override { return std::string(); }
   absl::StatusOr<std::string> Handle(const Buffer& buffer) override;
   absl::StatusOr<const void*> Open(std::string_view handle) override;
   absl::Status Close(const void*) override { return absl::OkStatus(); }

@@ -166,7 +166,7 @@ TEST_P(BlockSelectionTest, DoesNotDependOnTheDeal) {
   const auto want = Select(pooled_q, pooled_k, dim, {num_blocks, true, {}});
   for (const int64_t ranks : {1, 2, 3, 4}) {
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      const PositionMap positions = {rank * 128, 128, ranks * 128};
+      const PositionMap positions = {rank * 128, 128, ranks * 128, (ranks - 1 - 2 * rank) * 128};
       const int64_t own = positions.RowsBelow(blocks * kRowBlock) / kRowBlock;
       std::vector<float> own_q;
       for (int64_t r = 0; r < own; ++r) {

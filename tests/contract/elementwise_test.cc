@@ -323,8 +323,9 @@ void RotaryTest::Check(const RotaryCase& c) {
 TEST_P(RotaryTest, BothFormsMatchTheOracleFarAlongThePrompt) {
   for (RotaryForm form : {RotaryForm::kHalfSplit, RotaryForm::kInterleaved}) {
     for (int64_t head_dim : {2, 64, 80, 96, 128, 256}) {
-      for (const PositionMap& positions : {PositionMap::Contiguous(0), PositionMap::Contiguous(1048500),
-                                           PositionMap{5, 3, 100000}, PositionMap{262144, 1, 0}}) {
+      for (const PositionMap& positions :
+           {PositionMap::Contiguous(0), PositionMap::Contiguous(1048500), PositionMap{5, 3, 100000},
+            PositionMap{262144, 1, 0}, PositionMap{9, 3, 1000, -500, 4}}) {
         Check({.form = form, .head_dim = head_dim, .rotary_dim = head_dim, .positions = positions});
       }
     }

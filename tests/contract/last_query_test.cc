@@ -180,9 +180,9 @@ TEST_P(LastQueryTest, SameBitsHoweverKeysAreDealt) {
       const std::vector<int32_t> heads = AllHeads(4);
       const ChainScores one = Run(prompt, OnePiece(), heads);
       for (const int64_t ranks : {1, 2, 3, 4}) {
-        EXPECT_TRUE(Run(prompt, Striped(ranks), heads) == one) << ranks << " ranks";
+        EXPECT_TRUE(Run(prompt, ThereAndBack(ranks), heads) == one) << ranks << " ranks";
       }
-      EXPECT_TRUE(Run(prompt, Striped(2, 384), heads) == one) << "blocks of 384";
+      EXPECT_TRUE(Run(prompt, ThereAndBack(2, 384), heads) == one) << "blocks of 384";
       EXPECT_TRUE(Run(prompt, OnePiece(), heads, 8) == one) << "rows apart";
     }
   }
@@ -254,7 +254,7 @@ TEST_P(LastQueryTest, SaysWhatIsWrong) {
   EXPECT_THAT(run(params, ranks[0].workspace), invalid("query head 1 of 1"));
   params = ranks[0].params;
   params.key_positions = {.first = 64, .block = 128, .stride = 256};
-  EXPECT_THAT(run(params, ranks[0].workspace), invalid("keys from 64"));
+  EXPECT_THAT(run(params, ranks[0].workspace), invalid("keys at first 64, block 128"));
   params = ranks[0].params;
   params.heads = {};
   LF_EXPECT_OK(run(params, {}));

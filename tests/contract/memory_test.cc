@@ -184,6 +184,30 @@ TEST_P(MemoryTest, CopiesOfRowsTouchNothingBetweenThem) {
         {to.as<char>() + c.to_offset, c.to_pitch, from.data(), c.from_pitch, c.row_bytes, c.rows}, stream()));
     EXPECT_TRUE(Download<uint8_t>(to.data(), to_bytes) == want);
   }
+  // [3 planes][5 rows] of 48 bytes, planes and rows apart in both buffers; aligned, and not.
+  for (const int64_t offset : {0, 5}) {
+    const std::vector<uint8_t> source = Pattern(3 * 1000 + 48);
+    const Buffer from = Upload(source);
+    const Buffer to = Bytes(3 * 640 + 48);
+    std::vector<uint8_t> want(3 * 640 + 48, kPoison);
+    for (int64_t plane = 0; plane < 3; ++plane) {
+      for (int64_t row = 0; row < 5; ++row) {
+        std::copy_n(source.begin() + plane * 960 + row * 64, 48,
+                    want.begin() + offset + plane * 560 + row * 96);
+      }
+    }
+    LF_ASSERT_OK(kernels().Copy2D({.to = to.as<char>() + offset,
+                                   .to_pitch = 96,
+                                   .from = from.data(),
+                                   .from_pitch = 64,
+                                   .row_bytes = 48,
+                                   .rows = 5,
+                                   .planes = 3,
+                                   .to_plane_pitch = 560,
+                                   .from_plane_pitch = 960},
+                                  stream()));
+    EXPECT_TRUE(Download<uint8_t>(to.data(), std::ssize(want)) == want) << "offset " << offset;
+  }
   EXPECT_THAT(kernels().Copy2D({.to_pitch = 8, .from_pitch = 16, .row_bytes = 16, .rows = 2}, stream()),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("to_pitch 8")));
 }

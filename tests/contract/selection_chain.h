@@ -18,9 +18,11 @@ namespace longfill {
 // The keys of each rank. Ranks without keys are legal.
 using Deal = std::vector<PositionMap>;
 
-inline Deal Striped(int64_t num_ranks, int64_t block = kSelectionBlock) {
+inline Deal ThereAndBack(int64_t num_ranks, int64_t block = kSelectionBlock) {
   Deal deal;
-  for (int64_t rank = 0; rank < num_ranks; ++rank) deal.push_back({rank * block, block, num_ranks * block});
+  for (int64_t rank = 0; rank < num_ranks; ++rank) {
+    deal.push_back({rank * block, block, num_ranks * block, (num_ranks - 1 - 2 * rank) * block});
+  }
   return deal;
 }
 inline Deal OnePiece() { return {PositionMap::Contiguous(0)}; }

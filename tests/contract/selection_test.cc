@@ -106,11 +106,11 @@ TEST_P(SelectionTest, DoesNotDependOnTheDeal) {
     for (size_t list = 0; list < lists.size(); ++list)
       EXPECT_EQ(one[list], Largest(lists[list], budgets[list]));
     for (const int64_t ranks : {1, 2, 3, 4}) {
-      EXPECT_EQ(Select(lists, Striped(ranks), budgets), one) << n << " entries, " << ranks << " ranks";
+      EXPECT_EQ(Select(lists, ThereAndBack(ranks), budgets), one) << n << " entries, " << ranks << " ranks";
     }
     // Pieces that are no multiple of 32 or 64.
-    EXPECT_EQ(Select(lists, Striped(3, 50), budgets), one) << n << " entries, pieces of 50";
-    EXPECT_EQ(Select(lists, Striped(2, 1), budgets), one) << n << " entries, pieces of 1";
+    EXPECT_EQ(Select(lists, ThereAndBack(3, 50), budgets), one) << n << " entries, pieces of 50";
+    EXPECT_EQ(Select(lists, ThereAndBack(2, 1), budgets), one) << n << " entries, pieces of 1";
   }
 }
 
@@ -122,7 +122,7 @@ TEST_P(SelectionTest, ManyListsAtOnce) {
     lists.push_back(HardLists(n, static_cast<uint32_t>(list))[0]);
     budgets.push_back(list);
   }
-  const auto got = Select(lists, Striped(2), budgets);
+  const auto got = Select(lists, ThereAndBack(2), budgets);
   for (int64_t list = 0; list < num_lists; ++list) EXPECT_EQ(got[list], Largest(lists[list], list));
 }
 
@@ -132,7 +132,7 @@ TEST_P(SelectionTest, AListWithTooFewKeysStaysUnsettledAndSelectsNothing) {
   budgets[1] = 201;
   budgets[4] = 1000000;
   std::vector<size_t> unsettled;
-  const auto got = Select(lists, Striped(2), budgets, &unsettled);
+  const auto got = Select(lists, ThereAndBack(2), budgets, &unsettled);
   EXPECT_EQ(unsettled, (std::vector<size_t>{1, 4}));
   for (size_t list = 0; list < lists.size(); ++list) {
     const int64_t selected = list == 1 || list == 4 ? 0 : 50;
@@ -150,7 +150,7 @@ TEST_P(SelectionTest, JoinsWindowsAndForcesEntries) {
       const std::vector<float> vertical = NormalFloats(heads * n, 6);
       const std::vector<int32_t> list_of_heads = {0, 1};
       std::vector<Rank> ranks;
-      for (const PositionMap& positions : Striped(num_ranks)) {
+      for (const PositionMap& positions : ThereAndBack(num_ranks)) {
         Rank rank;
         rank.positions = positions;
         rank.num_keys = positions.RowsBelow(n);
@@ -257,7 +257,7 @@ TEST_P(SelectionTest, ChainAgreesWithTheOracle) {
     const SelectionShape shape = {
         .num_tokens = n, .num_q_heads = 4, .num_kv_heads = 2, .head_dim = 128, .query_stddev = 2};
     const std::vector<VerticalSlash> budgets = {{100, 200}, {1, 1}, {n, n}, {n / 2, 60}};
-    for (const int64_t num_ranks : {1, 3}) ChainAgainstOracle(shape, Striped(num_ranks), budgets);
+    for (const int64_t num_ranks : {1, 3}) ChainAgainstOracle(shape, ThereAndBack(num_ranks), budgets);
   }
 }
 

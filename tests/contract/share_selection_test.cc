@@ -209,8 +209,10 @@ TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
   };
   for (const int64_t ranks : {2, 3}) {
     for (int64_t rank = 0; rank < ranks; ++rank) {
-      const PositionMap positions = {rank * 128, 128, ranks * 128};
+      const PositionMap positions = {rank * 128, 128, ranks * 128, (ranks - 1 - 2 * rank) * 128};
       expect_rows(positions, positions.RowsBelow(tokens), rank);
+      const PositionMap later = positions.From(128);
+      expect_rows(later, later.RowsBelow(tokens), rank);
     }
   }
   for (const int64_t begin : {0, 64, 1984}) {

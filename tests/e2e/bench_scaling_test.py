@@ -54,7 +54,7 @@ class BenchScaling(support.TemporaryDirectoryTest):
         figures, = self.report("--mesh", "sequence=4", "--links", "nvlink")["runs"]
         self.assertIsNone(figures["efficiency"])
         self.assertEqual(figures["network_bytes"], 0)
-        # 2000 tokens are 15 blocks of 128 and 80 tokens: a rank has 512, the last 464.
+        # 2000 tokens are 15 blocks of 128 and 80 tokens: ranks have 512, one 464.
         gathered = (TOKENS - 464) * KV_ROW_BYTES
         # Seven agreements of 8 bytes, and two pairs of int64 of 4 heads, each 2 (n - 1) / n times.
         reduced = 1.5 * (7 * 8 + 2 * 4 * 2 * 8)

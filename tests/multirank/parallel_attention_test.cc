@@ -29,11 +29,14 @@ struct Outcome {
 
 // A rank's keys and values where its peers read them, and theirs. Nobody frees any before all have left.
 struct SharedKeys {
-  Buffer k, v;
-  std::unique_ptr<PeerMemory> peers;
+  Buffer k, v, relay_k, relay_v;
+  std::unique_ptr<Communicator> own_host;
+  std::unique_ptr<PeerMemory> memory;
+  PeerKeys peers;
   Communicator* group = nullptr;
 
-  absl::Status Open(Communicator& host, Backend& backend, const RankPrompt& mine) {
+  absl::Status Open(Communicator& host, Backend& backend, const RankPrompt& mine, const PeerHosts& hosts,
+                    int64_t relay_bytes) {
     for (const auto& [from, to] : {std::pair(&mine.k, &k), std::pair(&mine.v, &v)}) {
       const int64_t bytes = from->size_bytes();
       LF_ASSIGN_OR_RETURN(*to, backend.peers()->memory().Allocate(bytes, "shared"));
@@ -46,13 +49,20 @@ struct SharedKeys {
       if (bytes > 0) LF_RETURN_IF_ERROR(backend.kernels().Copy2D(all, backend.stream()));
     }
     group = &host;
-    const Buffer* const buffers[] = {&k, &v};
-    LF_ASSIGN_OR_RETURN(peers, PeerMemory::Open(host, *backend.peers(), buffers));
+    const bool relayed = hosts.num_hosts() > 1;
+    if (relayed) {
+      LF_ASSIGN_OR_RETURN(own_host, host.Split(hosts.HostOf(host.rank()), hosts.LocalOf(host.rank())));
+      LF_ASSIGN_OR_RETURN(relay_k, backend.peers()->memory().Allocate(relay_bytes, "relayed"));
+      LF_ASSIGN_OR_RETURN(relay_v, backend.peers()->memory().Allocate(relay_bytes, "relayed"));
+    }
+    const Buffer* const buffers[] = {relayed ? &relay_k : &k, relayed ? &relay_v : &v};
+    LF_ASSIGN_OR_RETURN(memory, PeerMemory::Open(relayed ? *own_host : host, *backend.peers(), buffers));
+    peers = {memory.get(), relay_k.data(), relay_v.data()};
     return absl::OkStatus();
   }
   ~SharedKeys() {
     if (group == nullptr) return;
-    peers.reset();
+    memory.reset();
     CpuStream stream;
     LF_EXPECT_OK(group->Barrier(stream));
   }
@@ -68,7 +78,7 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
                                  const Mesh& mesh, std::span<const HeadPattern> patterns,
                                  const std::function<bool()>& should_stop = {},
                                  int64_t predicted_over_real_pairs = 1, int64_t round_bytes = 0,
-                                 bool from_peers = false) {
+                                 const PeerHosts* peers = nullptr) {
   const ShardPlan plan = prompt.Plan(mesh);
   LF_ASSIGN_OR_RETURN(const auto backend, RankBackend(backend_name, host.rank()));
   LF_ASSIGN_OR_RETURN(const auto world, DeviceWorld(backend_name, host, *backend));
@@ -80,7 +90,9 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
                                                             patterns, prompt.query_rotary));
   LF_ASSIGN_OR_RETURN(const auto attention,
                       ParallelAttention::Create(*backend, *world, mesh, prompt.geometry,
-                                                {.round_bytes = round_bytes, .ctas_beside_exchange = 3}));
+                                                {.round_bytes = round_bytes,
+                                                 .ctas_beside_exchange = 3,
+                                                 .hosts = peers != nullptr ? *peers : PeerHosts()}));
   const Buffer out =
       mine.Upload(std::vector<float>(mine.num_rows * prompt.geometry.num_q_heads * mine.width, NAN));
   ParallelAttentionParams params;
@@ -95,11 +107,13 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
   params.out = out.data();
   params.should_stop = should_stop;
   SharedKeys keys;
-  if (from_peers) {
-    LF_RETURN_IF_ERROR(keys.Open(host, *backend, mine));
+  if (peers != nullptr) {
+    const int64_t relay_bytes = ParallelAttention::RelayBytes(
+        prompt.geometry, backend->kernels().compute_dtype(), plan, *peers, host.rank());
+    LF_RETURN_IF_ERROR(keys.Open(host, *backend, mine, *peers, relay_bytes));
     params.k = mine.View(keys.k);
     params.v = mine.View(keys.v);
-    params.peers = keys.peers.get();
+    params.peers = &keys.peers;
   }
   MemoryResource& memory = backend->memory();
   const int64_t before = memory.bytes_in_use();
@@ -110,7 +124,9 @@ absl::StatusOr<Outcome> AttendOn(const std::string& backend_name, Communicator& 
   LF_ASSIGN_OR_RETURN(outcome.stats, attention->Run(plan, params));
   EXPECT_EQ(memory.peak_bytes() - before,
             ParallelAttention::PlanBytes(backend->kernels(), prompt.geometry, plan,
-                                         {.round_bytes = round_bytes, .from_peers = from_peers}));
+                                         {.round_bytes = round_bytes,
+                                          .from_peers = peers != nullptr,
+                                          .relayed = peers != nullptr && peers->num_hosts() > 1}));
   EXPECT_EQ(memory.bytes_in_use(), before);
   EXPECT_GE(outcome.stats.attention_seconds, 0);
   EXPECT_GE(outcome.stats.communication_seconds, 0);
@@ -139,52 +155,67 @@ class ParallelAttentionTest : public RankBackendTest {
     return largest / (1 << 8);
   }
 
-  // round_bytes: of ParallelAttentionOptions, on the meshes. from_peers: those on which keys and values are
-  // read from peers, if the backends can.
+  // round_bytes: of ParallelAttentionOptions, on the meshes. hosts_of: on how many hosts the ranks of a group
+  // of this size are that read keys and values from peers, if the backends can; not empty.
+  using HostsOf = std::function<std::vector<PeerHosts>(int size)>;
   void ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
-                           int64_t round_bytes = 0, bool from_peers = false);
+                           int64_t round_bytes = 0, const HostsOf& hosts_of = {});
+  void ExpectEquals(const Outcome& expected, const Prompt& prompt, std::span<const HeadPattern> patterns,
+                    const Mesh& mesh, int64_t round_bytes, const PeerHosts* peers);
   void ExpectWhatWasBegunIsGivenUp(const Prompt& prompt, const Mesh& mesh, Communicator& host);
 };
 
 void ParallelAttentionTest::ExpectEqualsOneRank(const Prompt& prompt, std::span<const HeadPattern> patterns,
-                                                int64_t round_bytes, bool from_peers) {
+                                                int64_t round_bytes, const HostsOf& hosts_of) {
   LF_ASSERT_OK_AND_ASSIGN(const Outcome expected, AttendAlone(prompt, patterns));
   int64_t all_pairs = 0;
   for (const PairCounts& pairs : expected.pairs) all_pairs += pairs.covered;
   EXPECT_EQ(expected.stats.covered_pairs, all_pairs);
-  const int64_t width = prompt.geometry.num_q_heads * prompt.geometry.head_dim;
   for (const int size : Sizes()) {
     for (const Mesh& mesh : Factorisations(size)) {
-      if (from_peers && !ParallelAttention::BeginsEarly(mesh)) continue;
-      const ShardPlan plan = prompt.Plan(mesh);
-      OnEveryRank(size, [&](Communicator& world) {
-        if (from_peers && !HavePeers(GetParam(), world)) return;
-        SCOPED_TRACE(testing::Message()
-                     << prompt.num_tokens << " tokens, mesh " << ToString(mesh) << ", rank " << world.rank());
-        LF_ASSERT_OK_AND_ASSIGN(const Outcome got, AttendOn(GetParam(), world, prompt, mesh, patterns, {}, 1,
-                                                            round_bytes, from_peers));
-        double worst = 0;
-        int64_t worst_at = 0;
-        for (int64_t row = 0; row < plan.NumTokens(world.rank()); ++row) {
-          const int64_t position = plan.TokenPositions(world.rank()).Position(row);
-          for (int64_t i = 0; i < width; ++i) {
-            const double error = std::abs(got.out[row * width + i] - expected.out[position * width + i]);
-            if (!(error <= worst)) {
-              worst = error;
-              worst_at = position * width + i;
-            }
-          }
-        }
-        EXPECT_LE(worst, Tolerance(prompt))
-            << "worst at token " << worst_at / width << " element " << worst_at % width;
-        int64_t pairs = got.stats.covered_pairs;
-        LF_ASSERT_OK(world.AllReduce(&pairs, 1, ReduceType::kInt64, ReduceOp::kSum, g_stream));
-        EXPECT_EQ(pairs, all_pairs);
-        EXPECT_GE(got.stats.computed_pairs, got.stats.covered_pairs);
-      });
+      if (hosts_of && !ParallelAttention::BeginsEarly(mesh)) continue;
+      for (const PeerHosts& hosts : hosts_of ? hosts_of(size) : std::vector<PeerHosts>(1)) {
+        ExpectEquals(expected, prompt, patterns, mesh, round_bytes, hosts_of ? &hosts : nullptr);
+      }
     }
   }
 }
+
+// On a mesh what one rank computes.
+void ParallelAttentionTest::ExpectEquals(const Outcome& expected, const Prompt& prompt,
+                                         std::span<const HeadPattern> patterns, const Mesh& mesh,
+                                         int64_t round_bytes, const PeerHosts* peers) {
+  const int64_t width = prompt.geometry.num_q_heads * prompt.geometry.head_dim;
+  const ShardPlan plan = prompt.Plan(mesh);
+  OnEveryRank(mesh.size(), [&](Communicator& world) {
+    if (peers != nullptr && !HavePeers(GetParam(), world)) return;
+    SCOPED_TRACE(testing::Message() << prompt.num_tokens << " tokens, mesh " << ToString(mesh) << ", rank "
+                                    << world.rank() << ", hosts "
+                                    << (peers != nullptr ? peers->num_hosts() : 0));
+    LF_ASSERT_OK_AND_ASSIGN(const Outcome got,
+                            AttendOn(GetParam(), world, prompt, mesh, patterns, {}, 1, round_bytes, peers));
+    double worst = 0;
+    int64_t worst_at = 0;
+    for (int64_t row = 0; row < plan.NumTokens(world.rank()); ++row) {
+      const int64_t position = plan.TokenPositions(world.rank()).Position(row);
+      for (int64_t i = 0; i < width; ++i) {
+        const double error = std::abs(got.out[row * width + i] - expected.out[position * width + i]);
+        if (!(error <= worst)) {
+          worst = error;
+          worst_at = position * width + i;
+        }
+      }
+    }
+    EXPECT_LE(worst, Tolerance(prompt))
+        << "worst at token " << worst_at / width << " element " << worst_at % width;
+    int64_t pairs = got.stats.covered_pairs;
+    LF_ASSERT_OK(world.AllReduce(&pairs, 1, ReduceType::kInt64, ReduceOp::kSum, g_stream));
+    EXPECT_EQ(pairs, expected.stats.covered_pairs);
+    EXPECT_GE(got.stats.computed_pairs, got.stats.covered_pairs);
+  });
+}
+
+std::vector<PeerHosts> OneHost(int) { return {PeerHosts()}; }
 
 TEST_P(ParallelAttentionTest, EqualsOneRankForEveryPatternAndMesh) {
   const HeadPattern kinds[] = {Dense{}, AShape{7, 70}, VerticalSlash{40, 120}, BlockSparse{3},
@@ -231,11 +262,41 @@ TEST_P(ParallelAttentionTest, EqualsOneRankWithKeysAndValuesOfPeers) {
     const Prompt prompt(MakeGeometry(8, 4), num_tokens, ++seed);
     std::vector<HeadPattern> patterns;
     for (size_t h = 0; h < 8; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
-    for (const int64_t round_bytes : {0, 1}) ExpectEqualsOneRank(prompt, patterns, round_bytes, true);
+    for (const int64_t round_bytes : {0, 1}) ExpectEqualsOneRank(prompt, patterns, round_bytes, OneHost);
   }
   Prompt prompt(MakeGeometry(4, 2), 2100, ++seed);
   prompt.deal_block = 512;
-  ExpectEqualsOneRank(prompt, kinds, /*round_bytes=*/1, true);
+  ExpectEqualsOneRank(prompt, kinds, /*round_bytes=*/1, OneHost);
+}
+
+// Ranks that read one another's memory play several hosts.
+TEST_P(ParallelAttentionTest, EqualsOneRankWithPeersOfSeveralHosts) {
+  const auto several = [](int size) {
+    std::vector<PeerHosts> all;
+    for (int hosts = 2; 2 * hosts <= size; ++hosts) {
+      if (size % hosts != 0) continue;
+      std::vector<int> one_after_the_other, by_turns;
+      for (int rank = 0; rank < size; ++rank) {
+        one_after_the_other.push_back(rank * hosts / size);
+        by_turns.push_back(rank % hosts);
+      }
+      all.insert(all.end(), {PeerHosts(one_after_the_other), PeerHosts(by_turns)});
+    }
+    return all;
+  };
+  const HeadPattern kinds[] = {Dense{}, VerticalSlash{40, 120}, AShape{7, 70}, BlockShare{3, 0.1}};
+  uint32_t seed = 60;
+  for (const int64_t num_tokens : {1, 129, 1337}) {
+    const Prompt prompt(MakeGeometry(8, 4), num_tokens, ++seed);
+    std::vector<HeadPattern> patterns;
+    for (size_t h = 0; h < 8; ++h) patterns.push_back(kinds[h % std::size(kinds)]);
+    const int64_t head_bytes =
+        2 * TokenBlocksOf(num_tokens) * kTokenBlock * prompt.geometry.head_dim * (on_gpu() ? 2 : 4);
+    // One round; one head and then the others; one head at a time.
+    for (const int64_t round_bytes : {int64_t{0}, 2 * head_bytes, int64_t{1}}) {
+      ExpectEqualsOneRank(prompt, patterns, round_bytes, several);
+    }
+  }
 }
 
 TEST_P(ParallelAttentionTest, PeersOfOtherMeshesAreRefusedOnAllRanks) {
@@ -244,7 +305,8 @@ TEST_P(ParallelAttentionTest, PeersOfOtherMeshesAreRefusedOnAllRanks) {
   const std::vector<HeadPattern> patterns(4, HeadPattern(Dense()));
   OnEveryRank(2, [&](Communicator& world) {
     if (!HavePeers(GetParam(), world)) return;
-    EXPECT_THAT(AttendOn(GetParam(), world, prompt, {1, 2}, patterns, {}, 1, 0, /*from_peers=*/true).status(),
+    const PeerHosts one_host;
+    EXPECT_THAT(AttendOn(GetParam(), world, prompt, {1, 2}, patterns, {}, 1, 0, &one_host).status(),
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("head=1, not sequence=1,head=2")));
   });
 }

@@ -129,6 +129,7 @@ class FakeGpu final : public Backend {
   }
   absl::StatusOr<int64_t> FreeMemoryBytes() override { return guarded_->FreeMemoryBytes(); }
   absl::Status Health() override { return guarded_->Health(); }
+  PeerAccess* peers() override { return guarded_->peers(); }
 
  private:
   void Know(Stream& stream) {

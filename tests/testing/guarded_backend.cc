@@ -349,10 +349,14 @@ class SharedGuardedMemory final : public MemoryResource {
 // Handles are addresses, for this process alone.
 class GuardedPeers final : public PeerAccess {
  public:
-  GuardedPeers(int64_t limit_bytes, GuardedKernelSet& kernels, std::shared_ptr<SharedDevice> device)
-      : kernels_(kernels), memory_(limit_bytes, kernels.memory(), std::move(device)) {}
+  GuardedPeers(int64_t limit_bytes, GuardedKernelSet& kernels, std::shared_ptr<SharedDevice> device,
+               std::string host)
+      : kernels_(kernels),
+        memory_(limit_bytes, kernels.memory(), std::move(device)),
+        host_(std::move(host)) {}
 
   MemoryResource& memory() override { return memory_; }
+  absl::StatusOr<std::string> Host() override { return host_; }
   absl::StatusOr<std::string> Handle(const Buffer& buffer) override {
     return absl::StrCat(getpid(), ":", reinterpret_cast<uintptr_t>(buffer.data()));
   }
@@ -372,6 +376,7 @@ class GuardedPeers final : public PeerAccess {
  private:
   GuardedKernelSet& kernels_;
   SharedGuardedMemory memory_;
+  const std::string host_;
 };
 
 class GuardedBackend final : public Backend {
@@ -384,7 +389,7 @@ class GuardedBackend final : public Backend {
                .free_bytes_before = device_->memory_bytes - device_->held_bytes},
         memory_(options.limit_bytes, device_),
         kernels_(pool_, memory_, std::move(options.fault)),
-        peers_(options.limit_bytes, kernels_, device_) {}
+        peers_(options.limit_bytes, kernels_, device_, std::move(options.host)) {}
 
   const DeviceFacts& facts() const override { return facts_; }
   KernelSet& kernels() override { return kernels_; }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <string_view>
 
 #include "kernels/api/backend.h"
@@ -23,6 +24,7 @@ struct SharedDevice {
 struct GuardedOptions {
   int64_t limit_bytes = 0;                         // of all allocations; 0: none
   std::shared_ptr<SharedDevice> device = nullptr;  // empty: one of its own, without an end
+  std::string host = "a host";                     // PeerAccess::Host
   std::function<absl::Status(std::string_view call)> fault =
       nullptr;  // asked before each kernel, by its name
 };

@@ -43,9 +43,7 @@ absl::Status CheckHeads(const AttentionParams& params) {
 absl::Status CheckQueries(const AttentionSequence& sequence) {
   const int64_t rows = sequence.q_end - sequence.q_begin;
   const PositionMap& map = sequence.q_positions;
-  if (map.first < 0 || map.block < 1 || map.stride < map.block) {
-    return Bad("position map first ", map.first, " block ", map.block, " stride ", map.stride);
-  }
+  if (!map.Ascends()) return Bad("position map ", ToString(map), " does not ascend");
   if (map.Position(rows - 1) >= sequence.num_tokens) {
     return Bad("last query at position ", map.Position(rows - 1), " of ", sequence.num_tokens, " tokens");
   }

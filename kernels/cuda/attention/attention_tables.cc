@@ -13,11 +13,10 @@ struct Tiles {
   int64_t count = 0;
 };
 Tiles TilesOf(const PositionMap& map, int64_t num_rows, int64_t tile_rows) {
-  if (map.first % tile_rows == 0 && map.block % tile_rows == 0 && map.stride % tile_rows == 0) {
-    return {{map.first / tile_rows, map.block / tile_rows, map.stride / tile_rows},
-            (num_rows + tile_rows - 1) / tile_rows};
+  if (map.HasWholeBlocks(tile_rows)) {
+    return {map.OfBlocks(tile_rows), (num_rows + tile_rows - 1) / tile_rows};
   }
-  const int64_t first = map.first / tile_rows;
+  const int64_t first = map.Position(0) / tile_rows;
   return {PositionMap::Contiguous(first), map.Position(num_rows - 1) / tile_rows - first + 1};
 }
 

@@ -21,8 +21,8 @@ constexpr int64_t kMaxPosition = (int64_t{1} << 31) - 1;
 
 int64_t NumBlocks(int64_t num_keys) { return (num_keys + kSelectionBlock - 1) / kSelectionBlock; }
 
-bool IsOnePiece(const LastQueryParams& params) {
-  return params.key_positions.first == 0 && params.num_keys <= params.key_positions.block;
+bool IsWholePrompt(const LastQueryParams& params) {
+  return params.key_positions.Position(0) == 0 && params.key_positions.IsOnePiece(params.num_keys);
 }
 
 absl::Status CheckLayout(const LastQueryParams& params) {
@@ -35,16 +35,13 @@ absl::Status CheckLayout(const LastQueryParams& params) {
         k.row_stride, " of k, head strides ", q.head_stride, " and ", k.head_stride));
   }
   const PositionMap& map = params.key_positions;
-  const bool whole_blocks = map.block >= 1 && map.stride >= map.block && map.block % kSelectionBlock == 0 &&
-                            map.stride % kSelectionBlock == 0 && map.first % kSelectionBlock == 0;
-  if (!whole_blocks && !IsOnePiece(params)) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": keys from ", map.first, " in blocks of ",
-                                                   map.block, ", need multiples of ", kSelectionBlock));
+  if (!map.Ascends() || (!map.HasWholeBlocks(kSelectionBlock) && !IsWholePrompt(params))) {
+    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": keys at ", ToString(map),
+                                                   ", which must ascend in multiples of ", kSelectionBlock));
   }
   const int64_t last_query = params.first_query_position + params.num_queries - 1;
   const int64_t last_key = params.num_keys == 0 ? 0 : map.Position(params.num_keys - 1);
-  if (map.first < 0 || params.first_query_position < 0 || last_query > kMaxPosition ||
-      last_key > kMaxPosition) {
+  if (params.first_query_position < 0 || last_query > kMaxPosition || last_key > kMaxPosition) {
     return absl::InvalidArgumentError(absl::StrCat(kOperation, ": positions up to ", last_query,
                                                    " of queries and ", last_key, " of keys, the limit is ",
                                                    kMaxPosition));
@@ -152,12 +149,16 @@ LastQueryArgs ArgsWithoutGroups(const LastQueryParams& params) {
   args.last_query_position = static_cast<int32_t>(params.first_query_position + params.num_queries - 1);
   args.num_keys = params.num_keys;
   args.num_blocks = static_cast<int32_t>(NumBlocks(params.num_keys));
-  const bool one_piece = params.num_keys <= params.key_positions.block;
-  args.first_position_block = static_cast<uint32_t>(params.key_positions.first / kSelectionBlock);
-  args.blocks_per_piece =
-      static_cast<uint32_t>(one_piece ? args.num_blocks : params.key_positions.block / kSelectionBlock);
-  args.piece_stride_blocks =
-      one_piece ? 0 : static_cast<uint32_t>(params.key_positions.stride / kSelectionBlock);
+  const PositionMap blocks = params.key_positions.IsOnePiece(params.num_keys)
+                                 ? PositionMap{.first = params.key_positions.Position(0) / kSelectionBlock,
+                                               .block = args.num_blocks + 1,
+                                               .stride = args.num_blocks + 1}
+                                 : params.key_positions.OfBlocks(kSelectionBlock);
+  args.blocks = {.first = static_cast<uint32_t>(blocks.first),
+                 .of_piece = static_cast<uint32_t>(blocks.block),
+                 .stride = static_cast<uint32_t>(blocks.stride),
+                 .odd_shift = static_cast<uint32_t>(blocks.odd_shift),
+                 .skipped = static_cast<uint32_t>(blocks.skipped)};
   args.scale = params.scale;
   args.scale_log2 = static_cast<float>(static_cast<double>(params.scale) * std::numbers::log2e);
   return args;

@@ -45,10 +45,15 @@ struct LastQueryArgs {
   int32_t last_query_position = 0;
   int64_t num_keys = 0;
   int32_t num_blocks = 0;  // of 128 keys
-  // Positions of the blocks, counted in blocks (PositionMap).
-  uint32_t first_position_block = 0;
-  uint32_t blocks_per_piece = 0;
-  uint32_t piece_stride_blocks = 0;
+  // Positions of the blocks, counted in blocks: a PositionMap in 32 bits, modulo 2^32.
+  struct BlockPositions {
+    uint32_t first = 0;
+    uint32_t of_piece = 0;
+    uint32_t stride = 0;
+    uint32_t odd_shift = 0;
+    uint32_t skipped = 0;
+  };
+  BlockPositions blocks;
   float scale = 0;
   float scale_log2 = 0;  // scale / ln 2
   int32_t blocks_per_stretch = 0;

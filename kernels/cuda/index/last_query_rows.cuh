@@ -15,10 +15,10 @@ namespace longfill::cuda::last_query {
 // Which keys of a block the queries see.
 struct BlockVisibility {
   __device__ BlockVisibility(const LastQueryArgs& args, int block) {
-    const auto place = static_cast<uint32_t>(block);
-    const uint32_t position_block = args.first_position_block +
-                                    place / args.blocks_per_piece * args.piece_stride_blocks +
-                                    place % args.blocks_per_piece;
+    const uint32_t place = static_cast<uint32_t>(block) + args.blocks.skipped;
+    const uint32_t piece = place / args.blocks.of_piece;
+    const uint32_t position_block = args.blocks.first + piece * args.blocks.stride +
+                                    (piece & 1) * args.blocks.odd_shift + place % args.blocks.of_piece;
     last_distance = args.last_query_position - static_cast<int>(position_block) * int{kSelectionBlock};
     num_keys = static_cast<int>(min(args.num_keys - block * kSelectionBlock, kSelectionBlock));
   }

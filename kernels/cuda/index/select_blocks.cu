@@ -232,12 +232,15 @@ absl::Status Check(const SelectBlocksParams& params) {
     return absl::UnimplementedError(absl::StrCat("block selection: no variant for head_dim ", params.head_dim,
                                                  ", only for multiples of 8 up to 256"));
   }
-  const int64_t last = params.positions.Position((params.num_row_blocks - 1) * kRowBlock) / kRowBlock;
-  if (params.positions.first < 0 || params.positions.first % kRowBlock != 0 ||
-      last >= params.num_key_blocks) {
-    return absl::InvalidArgumentError(absl::StrCat("block selection: row blocks from position ",
-                                                   params.positions.first, " to row block ", last, " of ",
-                                                   params.num_key_blocks, " key blocks"));
+  const PositionMap& map = params.positions;
+  if (!map.Ascends() || !map.KeepsTogether(kRowBlock, params.num_row_blocks * kRowBlock)) {
+    return absl::InvalidArgumentError(absl::StrCat("block selection: position map ", ToString(map),
+                                                   " does not keep blocks of ", kRowBlock, " rows together"));
+  }
+  const int64_t last = map.Position((params.num_row_blocks - 1) * kRowBlock) / kRowBlock;
+  if (last >= params.num_key_blocks) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("block selection: row block ", last, " of ", params.num_key_blocks, " key blocks"));
   }
   return absl::OkStatus();
 }

@@ -200,11 +200,10 @@ absl::Status CheckLists(const char* operation, const SelectionLists& lists) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(operation, "num_entries", lists.num_entries, 0));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(operation, "list_stride", lists.list_stride, lists.num_entries));
   const PositionMap& map = lists.positions;
-  const bool valid = map.first >= 0 && map.block >= 1 && map.stride >= map.block;
-  if (!valid || (lists.num_entries > 0 && map.Position(lists.num_entries - 1) > lists.last_query)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(operation, ": ", lists.num_entries, " entries from position ", map.first, ", block ",
-                     map.block, ", stride ", map.stride, ", for the last query at ", lists.last_query));
+  if (!map.Ascends() || (lists.num_entries > 0 && map.Position(lists.num_entries - 1) > lists.last_query)) {
+    return absl::InvalidArgumentError(absl::StrCat(operation, ": ", lists.num_entries,
+                                                   " entries at positions that do not ascend up to ",
+                                                   lists.last_query, ": ", ToString(map)));
   }
   return absl::OkStatus();
 }

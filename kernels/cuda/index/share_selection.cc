@@ -16,15 +16,10 @@ constexpr int64_t kMaxPosition = (int64_t{1} << 31) - 1;
 // No launch is predicted above 200 ms at a rate that mma.sync passes on every GPU that is served.
 constexpr double kLaunchFlops = 0.2 * 100e12;
 
-bool IsMultipleOfBlock(int64_t value) { return value % kRowBlock == 0; }
-
 absl::Status CheckPositions(const ShareSelectionParams& params) {
   const PositionMap& map = params.positions;
-  const bool one_piece = params.num_rows <= map.block;
-  if (map.first < 0 || map.block < 1 || map.stride < map.block || !IsMultipleOfBlock(map.first) ||
-      !(one_piece || (IsMultipleOfBlock(map.block) && IsMultipleOfBlock(map.stride)))) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": position map first ", map.first, " block ",
-                                                   map.block, " stride ", map.stride,
+  if (!map.Ascends() || !map.KeepsTogether(kRowBlock, params.num_rows)) {
+    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": position map ", ToString(map),
                                                    " does not keep blocks of ", kRowBlock, " rows together"));
   }
   const int64_t last = map.Position(params.num_rows - 1);

@@ -246,11 +246,11 @@ TEST_P(AttentionTest, EqualsTheOracleUnderEveryPositionMap) {
   for (const PositionMap& map :
        {PositionMap::Contiguous(0), PositionMap::Contiguous(50), PositionMap::Contiguous(64),
         PositionMap{0, 128, 256}, PositionMap{128, 128, 256}, PositionMap{3, 5, 11}, PositionMap{17, 1, 70},
-        PositionMap{60, 8, 200}}) {
+        PositionMap{60, 8, 200}, PositionMap{64, 64, 128, -64, 128}, PositionMap{0, 64, 192, 128, 64},
+        PositionMap{2, 5, 11, -6, 7}}) {
     for (int64_t rows : {int64_t{1}, int64_t{40}, n}) {
       Piece piece{map, std::min(rows, map.RowsBelow(n)), 0, n, std::nullopt};
-      SCOPED_TRACE(testing::Message()
-                   << "map " << map.first << " " << map.block << " " << map.stride << " rows " << piece.rows);
+      SCOPED_TRACE(testing::Message() << ToString(map) << ", rows " << piece.rows);
       ExpectMatches(prompt, piece, RunAttention(backend, prompt, piece));
     }
   }

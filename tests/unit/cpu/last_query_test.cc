@@ -29,9 +29,11 @@ struct Prompt {
 
 // One deal of the keys: a map for each rank.
 using Deal = std::vector<PositionMap>;
-Deal Striped(int64_t ranks, int64_t block) {
+Deal ThereAndBack(int64_t ranks, int64_t block) {
   Deal deal;
-  for (int64_t p = 0; p < ranks; ++p) deal.push_back({p * block, block, ranks * block});
+  for (int64_t p = 0; p < ranks; ++p) {
+    deal.push_back({p * block, block, ranks * block, (ranks - 1 - 2 * p) * block});
+  }
   return deal;
 }
 
@@ -193,8 +195,9 @@ TEST_P(LastQueryTest, BitsAreTheSameForEveryDealStrideAndThreadCount) {
     const Scores want = Compute(one, prompt, {PositionMap::Contiguous(0)}, 0);
     for (int threads : {1, 2, 3}) {
       CpuBackend backend(threads);
-      for (const Deal& deal : {Striped(1, 128), Striped(2, 128), Striped(3, 128), Striped(2, 256),
-                               Striped(16, 128), Deal{{0, 256, 1 << 20}, PositionMap::Contiguous(256)}}) {
+      for (const Deal& deal :
+           {ThereAndBack(1, 128), ThereAndBack(2, 128), ThereAndBack(3, 128), ThereAndBack(2, 256),
+            ThereAndBack(16, 128), Deal{{0, 256, 1 << 20}, PositionMap::Contiguous(256)}}) {
         SCOPED_TRACE(testing::Message() << n << " tokens, " << threads << " threads, " << deal.size()
                                         << " ranks of blocks of " << deal[0].block);
         Deal clipped = deal;
@@ -276,10 +279,12 @@ TEST(LastQueryErrors, NameWhatIsWrong) {
   EXPECT_THAT(run(params), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("num_queries 65")));
   params = good;
   params.key_positions = {64, 128, 256};
-  EXPECT_THAT(run(params), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("keys from 64")));
+  EXPECT_THAT(run(params),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("keys at first 64, block 128")));
   params = good;
   params.key_positions = {0, 2, 4};
-  EXPECT_THAT(run(params), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("blocks of 2")));
+  EXPECT_THAT(run(params),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("keys at first 0, block 2")));
   params = good;
   params.head_dim = 12;
   EXPECT_THAT(run(params), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("head_dim 12")));

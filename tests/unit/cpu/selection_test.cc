@@ -13,9 +13,11 @@ using ::testing::HasSubstr;
 
 // One deal of a prompt: a map for each rank.
 using Deal = std::vector<PositionMap>;
-Deal Striped(int64_t ranks) {
+Deal ThereAndBack(int64_t ranks) {
   Deal deal;
-  for (int64_t p = 0; p < ranks; ++p) deal.push_back({p * 128, 128, ranks * 128});
+  for (int64_t p = 0; p < ranks; ++p) {
+    deal.push_back({p * 128, 128, ranks * 128, (ranks - 1 - 2 * p) * 128});
+  }
   return deal;
 }
 Deal OnePiece() { return {PositionMap::Contiguous(0)}; }
@@ -106,7 +108,7 @@ TEST(Selection, TakesWhatASortTakesOverEveryDealAndThreadCount) {
     const auto want = Expected(lists);
     for (const int threads : {1, 3}) {
       CpuBackend backend(threads);
-      for (const Deal& deal : {OnePiece(), Striped(1), Striped(3)}) {
+      for (const Deal& deal : {OnePiece(), ThereAndBack(1), ThereAndBack(3)}) {
         SCOPED_TRACE(testing::Message()
                      << n << " tokens, " << threads << " threads, " << deal.size() << " ranks");
         EXPECT_EQ(Select(backend.kernels(), backend.stream(), lists, deal), want);
@@ -159,7 +161,7 @@ TEST(JoinScores, AddsTheTwoWindowsOfEachDistanceAndForcesTheNearestOverEveryDeal
     }
     for (const int threads : {1, 3}) {
       CpuBackend backend(threads);
-      for (const Deal& deal : {OnePiece(), Striped(1), Striped(3)}) {
+      for (const Deal& deal : {OnePiece(), ThereAndBack(1), ThereAndBack(3)}) {
         for (const PositionMap& map : deal) {
           SCOPED_TRACE(testing::Message() << n << " tokens, " << deal.size() << " ranks, from " << map.first);
           const int64_t keys = map.RowsBelow(n), local = (keys + 127) / 128, stride = keys + 3;
@@ -209,7 +211,7 @@ TEST(JoinScores, ErrorsNameWhatIsWrong) {
   params.score_stride = 4;
   params.key_positions = {0, 128, 64};
   EXPECT_THAT(backend.kernels().JoinScores(params, backend.stream()),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("block 128 stride 64")));
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("block 128, stride 64")));
 }
 
 }  // namespace

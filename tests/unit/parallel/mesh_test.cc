@@ -1,5 +1,7 @@
 #include "parallel/mesh.h"
 
+#include <algorithm>
+
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -114,29 +116,58 @@ TEST(ShardPlan, RowsBelowCountsRowsWhosePositionIsBelow) {
   });
 }
 
-TEST(ShardPlan, RankZeroHoldsTheMostTokensAndNobodyMoreThanABlockLess) {
+TEST(ShardPlan, NobodyHoldsMoreThanTheMostNorABlockLess) {
   ForEachPlan([](const ShardPlan& plan) {
+    int64_t most = 0, least = plan.num_tokens(), most_of_group = 0;
     for (int rank = 0; rank < plan.mesh().size(); ++rank) {
-      EXPECT_LE(plan.NumTokens(rank), plan.NumTokens(0));
-      EXPECT_LE(plan.NumTokens(0) - plan.NumTokens(rank), plan.deal_block());
+      most = std::max(most, plan.NumTokens(rank));
+      least = std::min(least, plan.NumTokens(rank));
+      most_of_group = std::max(most_of_group, plan.GroupNumTokens(plan.SequenceIndex(rank)));
     }
+    EXPECT_EQ(plan.MostTokens(), most);
+    EXPECT_EQ(plan.MostGroupTokens(), most_of_group);
+    EXPECT_LE(most - least, plan.deal_block());
   });
 }
 
-TEST(ShardPlan, BlocksAreAsLongAsLeavesEveryRankEnoughOfThem) {
+// Keys that causal rows see, summed over the rows of each group, where rows of every block are dealt.
+TEST(ShardPlan, CausalWorkIsEqualOverWholeTurnsThereAndBack) {
+  for (const int sequence : {2, 3, 8}) {
+    for (const int head : {1, 2, 3}) {
+      const ShardPlan plan({sequence, head}, int64_t{4} * sequence * 256, 256);
+      for (int s = 0; s < sequence; ++s) {
+        int64_t keys = 0;
+        for (int64_t row = 0; row < plan.GroupNumTokens(s); ++row)
+          keys += plan.GroupPositions(s).Position(row) + 1;
+        EXPECT_EQ(keys * sequence, plan.num_tokens() * (plan.num_tokens() + 1) / 2) << "group " << s;
+      }
+    }
+  }
+}
+
+TEST(ShardPlan, BlocksAreAsLongAsLeavesEveryRankEnoughOfThemAndNoneMuchMore) {
   const auto block = [](int ranks, int64_t num_tokens) {
     return ShardPlan({ranks, 1}, num_tokens).deal_block();
   };
-  EXPECT_EQ(block(2, 2 * 2 * 128 * 64 - 1), 128);
-  EXPECT_EQ(block(2, 2 * 2 * 128 * 64), 256);
-  EXPECT_EQ(block(8, 131072), 256);
-  EXPECT_EQ(block(8, 1 << 20), 2048);
-  EXPECT_EQ(block(16, 1 << 20), 1024);
-  EXPECT_EQ(block(1, int64_t{1} << 30), 4096);
-  EXPECT_EQ(ShardPlan({2, 4}, 1 << 19).deal_block(), 1024);
+  EXPECT_EQ(block(2, 2 * 2 * 128 * 32 - 128), 128);
+  EXPECT_EQ(block(2, 2 * 2 * 128 * 32), 256);
+  EXPECT_EQ(block(2, 1 << 20), 16384);
+  EXPECT_EQ(block(8, 1 << 20), 4096);
+  EXPECT_EQ(block(16, 1 << 20), 2048);
+  EXPECT_EQ(block(1, int64_t{1} << 30), 16384);
+  EXPECT_EQ(ShardPlan({2, 4}, 1 << 19).deal_block(), 2048);
   const ShardPlan prefix = ShardPlan({8, 1}, 1 << 20).Prefix(1000);
-  EXPECT_EQ(prefix.deal_block(), 2048);
+  EXPECT_EQ(prefix.deal_block(), 4096);
   EXPECT_EQ(prefix.num_tokens(), 1000);
+  for (const int ranks : {2, 3, 4, 7, 8, 16}) {
+    for (const int64_t num_tokens : {300'000, 524'289, 700'001, 1'000'000, 1'048'575}) {
+      const ShardPlan plan({ranks, 1}, num_tokens);
+      SCOPED_TRACE(testing::Message() << ranks << " ranks, " << num_tokens << " tokens");
+      EXPECT_EQ(plan.deal_block() % kTokenBlock, 0);
+      EXPECT_GE(plan.deal_block(), std::min<int64_t>(2048, num_tokens / ranks / 64));
+      EXPECT_LE(static_cast<double>(plan.MostTokens()) * ranks, 1.01 * static_cast<double>(num_tokens));
+    }
+  }
 }
 
 }  // namespace

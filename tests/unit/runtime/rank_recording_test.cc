@@ -302,6 +302,38 @@ TEST_F(RankRecordings, ReadFromPeersTheBytesThatTheMeshSays) {
   }
 }
 
+TEST_F(RankRecordings, RelayWhatOtherHostsHave) {
+  RecordingJob job = Job();
+  job.peer_copies = true;
+  job.hosts = PeerHosts({0, 0, 1, 1});
+  const Mesh mesh{4, 1};
+  MeshGroups groups(mesh, job.hosts);
+  EXPECT_THAT(groups.members(), testing::IsSupersetOf({std::vector<int>{0, 2}, std::vector<int>{1, 3}}));
+  LF_ASSERT_OK_AND_ASSIGN(const std::vector<RankRecording> recordings,
+                          RecordRanks(job, mesh, groups, *device_, nullptr));
+  const ShardPlan plan(mesh, kNumTokens);
+  const auto bytes = [&](int rank) {
+    return plan.NumTokens(rank) * config_.num_kv_heads * config_.head_dim * int64_t{4};
+  };
+  for (int rank = 0; rank < mesh.size(); ++rank) {
+    const int neighbour = rank ^ 1, other = rank ^ 2;
+    for (const RecordedSteps& layer : recordings[static_cast<size_t>(rank)].layers) {
+      int64_t read = 0;
+      for (const ScheduleStep& step : layer.schedule.steps) {
+        if (step.kind == ScheduleStep::Kind::kPeerCopy) read += step.bytes;
+      }
+      EXPECT_EQ(read, 2 * (bytes(neighbour) + bytes(neighbour ^ 2))) << "rank " << rank;
+      int relays = 0;
+      for (const ScheduledExchange& exchange : layer.schedule.exchanges) {
+        if (exchange.call.kind != ExchangeKind::kAllGather || exchange.call.sent.size() != 2) continue;
+        ++relays;
+        EXPECT_THAT(exchange.call.sent, testing::UnorderedElementsAre(bytes(rank), bytes(other)));
+      }
+      EXPECT_EQ(relays, 2) << "keys and values";
+    }
+  }
+}
+
 TEST_F(RankRecordings, OfOneRankTakeNoLongerThanItTook) {
   MeshGroups groups(Mesh{1, 1});
   const auto begin = std::chrono::steady_clock::now();
