@@ -615,9 +615,9 @@ class ParallelAttention::AttentionRun {
   // Gathers the keys and values of the ranks that have this one's place on their hosts.
   absl::Status Relay() {
     Communicator& hosts = *owner_.relay_group_;
-    std::vector<int64_t> counts_bytes;
+    std::vector<int64_t> counts_bytes(hosts.size());
     for (int host = 0; host < hosts.size(); ++host) {
-      counts_bytes.push_back(RowBytes(geometry_.num_kv_heads * plan_.NumTokens(RelayedFrom(host))));
+      counts_bytes[host] = RowBytes(geometry_.num_kv_heads * plan_.NumTokens(RelayedFrom(host)));
     }
     LF_RETURN_IF_ERROR(hosts.AllGather(params_.k.data, params_.peers->relay_k, counts_bytes, exchange_));
     return hosts.AllGather(params_.v.data, params_.peers->relay_v, counts_bytes, exchange_);

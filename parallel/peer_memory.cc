@@ -33,9 +33,9 @@ absl::StatusOr<PeerHosts> PeerHosts::Find(Communicator& group, Backend& backend)
   LF_RETURN_IF_ERROR(AgreeOnStatus(group, name.status(), host));
   LF_ASSIGN_OR_RETURN(const std::vector<std::string> all, AllGatherStrings(group, *name, host));
   std::map<std::string, int> numbers;
-  std::vector<int> host_of_rank;
-  for (const std::string& of_rank : all) {
-    host_of_rank.push_back(numbers.try_emplace(of_rank, static_cast<int>(numbers.size())).first->second);
+  std::vector<int> host_of_rank(all.size());
+  for (size_t rank = 0; rank < all.size(); ++rank) {
+    host_of_rank[rank] = numbers.try_emplace(all[rank], static_cast<int>(numbers.size())).first->second;
   }
   return PeerHosts(std::move(host_of_rank));
 }

@@ -40,8 +40,8 @@ void AddMeshes(int ranks, const LinkRates& links, std::vector<Mesh>* meshes) {
 }
 
 PeerHosts HostsOf(const Mesh& mesh, const LinkRates& links) {
-  std::vector<int> host_of_rank;
-  for (int rank = 0; rank < mesh.size(); ++rank) host_of_rank.push_back(links.NodeOf(rank));
+  std::vector<int> host_of_rank(static_cast<size_t>(mesh.size()));
+  for (int rank = 0; rank < mesh.size(); ++rank) host_of_rank[static_cast<size_t>(rank)] = links.NodeOf(rank);
   return PeerHosts(std::move(host_of_rank));
 }
 

@@ -247,8 +247,9 @@ absl::Status PrefillRun::OpenPeers(Work& work) {
                                    relayed ? &work.relay_v : &work.transformer->values()};
   absl::StatusOr<std::unique_ptr<PeerMemory>> opened =
       PeerMemory::Open(engine_.peers(), *engine_.backend->peers(), buffers);
-  if (opened.ok()) work.peers = *std::move(opened);
-  return relayed ? engine_.Agree(opened.status()) : opened.status();
+  const absl::Status status = opened.status();
+  if (status.ok()) work.peers = *std::move(opened);
+  return relayed ? engine_.Agree(status) : status;
 }
 
 absl::Status PrefillRun::RunLayers(Work& work) {

@@ -41,7 +41,7 @@ class LongPrompt(support.TemporaryDirectoryTest):
                             max_position_embeddings=NUM_TOKENS)
         tokens = write_tokens(self.tmp / "prompt.i32", some_tokens(num_tokens))
         results = {}
-        for mesh, deal_block in (("sequence=1", None), ("sequence=2", 1024), ("sequence=2,head=2", 512)):
+        for mesh, deal_block in (("sequence=1", None), ("sequence=2", 2176), ("sequence=2,head=2", 896)):
             out = self.tmp / f"out-{mesh}"
             ranks = {"sequence=1": None, "sequence=2": 2}.get(mesh, 4)
             result = run("prefill", "--model", model, "--tokens", tokens, "--out", out, "--mesh", mesh, "--attention",
