@@ -6,10 +6,9 @@
 // P = sequence * head ranks; rank = s * head + h, so that the ranks of a head group (equal s) are neighbours,
 // on one node by default. Tokens are dealt in blocks, there and back over the head groups (0 1 2 2 1 0 0 1
 // ...), and in turn over the members of a group:
-//   attention          the head group s jointly holds the blocks that it is dealt, one of every `sequence`,
-//   and
-//                      each member computes some heads for all of them, over K and V of the whole prompt
-//   linear layers      of the blocks of its group, rank (s, h) holds number h, h + head, ...
+//   attention       the head group s jointly holds the blocks that it is dealt, one of every `sequence`, and
+//                   each member computes some heads for all of them, over K and V of the whole prompt
+//   linear layers   of the blocks of its group, rank (s, h) holds number h, h + head, ...
 // so causal triangles, columns and diagonals balance in both directions.
 
 #include <cstdint>

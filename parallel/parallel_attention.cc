@@ -28,9 +28,9 @@ struct RoundHeads {
 };
 
 struct RoundLimits {
-  int64_t first_kv_heads = 1;  // of the first round, which nothing computes beside
-  int64_t kv_heads = 1;        // of every other one
-  bool neighbours = false;     // heads of a round must follow one another: they are used where they lie
+  int64_t first_kv_heads = 1;             // of the first round, which nothing computes beside
+  std::array<int64_t, 2> kv_heads{1, 1};  // of even rounds and of odd ones
+  bool neighbours = false;  // heads of a round must follow one another: they are used where they lie
 };
 
 std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per_kv,
@@ -40,7 +40,8 @@ std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per
     const int32_t kv = static_cast<int32_t>(head / q_per_kv);
     if (rounds.empty() || (limits.neighbours && head != rounds.back().q.back() + 1)) rounds.emplace_back();
     const auto known = [&] { return !rounds.back().kv.empty() && rounds.back().kv.back() == kv; };
-    const int64_t most = rounds.size() == 1 ? limits.first_kv_heads : limits.kv_heads;
+    const int64_t most =
+        rounds.size() == 1 ? limits.first_kv_heads : limits.kv_heads[(rounds.size() - 1) % 2];
     if (!known() && static_cast<int64_t>(rounds.back().kv.size()) == most) rounds.emplace_back();
     if (!known()) rounds.back().kv.push_back(kv);
     rounds.back().q.push_back(head);
@@ -139,9 +140,12 @@ class ParallelAttention::AttentionRun {
   absl::Status WaitForExchanges() {
     if (!exchanges()) return absl::OkStatus();
     absl::Status left = LeavePeers();
-    if (params_.peers != nullptr && num_rounds_ > 0) LF_RETURN_IF_ERROR(exchange_.WaitFor(*owner_.copied_));
-    LF_RETURN_IF_ERROR(owner_.exchanges_ended_->Record(exchange_));
-    LF_RETURN_IF_ERROR(WaitExposed(*owner_.exchanges_ended_));
+    if (params_.peers != nullptr) {
+      left.Update(owner_.copied_->Record(copies_));  // anew: an error may have come between a copy and this
+      left.Update(exchange_.WaitFor(*owner_.copied_));
+    }
+    left.Update(owner_.exchanges_ended_->Record(exchange_));
+    left.Update(WaitExposed(*owner_.exchanges_ended_));
     return left;
   }
 
@@ -228,7 +232,7 @@ class ParallelAttention::AttentionRun {
     }
     const HeadPlacement placement = PlaceHeads(cost, kv_head, plan_.mesh().head);
     const RoundLimits limits{.first_kv_heads = layout_.first_kv_heads,
-                             .kv_heads = layout_.kv_heads,
+                             .kv_heads = {layout_.received[0].kv_heads, layout_.received[1].kv_heads},
                              .neighbours = !layout_.head_exchange};
     for (std::vector<int32_t> heads : placement.heads) {
       for (int32_t& head : heads) head = all[head];
@@ -650,7 +654,7 @@ class ParallelAttention::AttentionRun {
                                   Dense(place.all_v, layout_.padded_tokens)};
     for (int i = 1; i < members; ++i) {
       const int member = (sequence_group_.rank() + i) % members;
-      if (LocalOf(member) == LocalOf(rank_)) continue;  // CopyOwn
+      if (LocalOf(member) == LocalOf(rank_)) continue;  // own and relayed rows: CopyFrom
       const int64_t bytes = RowBytes(plan_.GroupNumTokens(member));
       for (size_t buffer = 0; buffer < std::size(to); ++buffer) {
         const char* const all = RowsOf(member, buffer);
@@ -927,7 +931,9 @@ absl::Status ParallelAttention::Begin(const ShardPlan& plan, const ParallelAtten
     return status;
   }
   if (plan.num_tokens() > 0) status = begun_->Start();
-  if (!status.ok()) internal::AbortGroup(world_, status);
+  if (status.ok()) return status;
+  internal::AbortGroup(world_, status);
+  Drop().IgnoreError();  // of a group that has ended; what was enqueued ends before its memory goes back
   return status;
 }
 

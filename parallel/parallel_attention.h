@@ -29,7 +29,7 @@ namespace longfill {
 // multiprocessors to attention. The ranks wait for one another before and after.
 struct PeerKeys {
   // On one host: k and v of all ranks, buffers 0 and 1, each dense from its start. On several: relay_k and
-  // relay_v of this host's ranks.
+  // relay_v of this host's ranks, in the order of PeerHosts::RanksOf.
   const PeerMemory* memory = nullptr;
   // On several hosts (ParallelAttentionOptions::hosts), RelayBytes each: to which every rank gathers what the
   // ranks at its place on all hosts have, and from which its neighbours read it, so that a row crosses the

@@ -28,7 +28,8 @@ class PeerHosts {
   const std::vector<int>& RanksOf(int host) const { return ranks_[static_cast<size_t>(host)]; }  // ascending
   int HostOf(int rank) const { return places_[static_cast<size_t>(rank)].host; }
   int LocalOf(int rank) const { return places_[static_cast<size_t>(rank)].local; }  // place among RanksOf
-  // OK where every host has as many ranks, and more than one; FailedPrecondition with the numbers.
+  // OK where there is one host, or every one has as many ranks, and more than one; FailedPrecondition with
+  // the numbers.
   absl::Status CheckAlike() const;
 
  private:

@@ -27,7 +27,7 @@ class PeerAccess {
   // naming the reason where it cannot: another host, or devices without a way to each other.
   virtual absl::StatusOr<const void*> Open(std::string_view handle) = 0;
   virtual absl::Status Close(const void* opened) = 0;
-  // From what Open gave, or from the device's own memory, to the device's own memory.
+  // From what Open gave, or from the device's own memory, to the device's own memory; one plane.
   virtual absl::Status Copy(const Copy2DParams& params, Stream& stream) = 0;
 };
 

@@ -135,6 +135,10 @@ absl::Status CudaPeerAccess::Close(const void* opened) {
 }
 
 absl::Status CudaPeerAccess::Copy(const Copy2DParams& params, Stream& stream) {
+  if (params.planes != 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a copy from a peer of ", params.planes, " planes, it brings one"));
+  }
   if (params.rows == 0 || params.row_bytes == 0) return absl::OkStatus();
   LF_ASSIGN_OR_RETURN(const cudaStream_t cuda_stream, CudaStreamOf(stream));
   LF_RETURN_IF_ERROR(UseDevice(device_));

@@ -101,6 +101,7 @@ std::string PrefillEngine::DescribeCommunicator() const {
   if (impl_->gpu_world == nullptr) return name;
   absl::StrAppend(&name, ", ", impl_->communicator.reason);
   if (impl_->peer_copies) absl::StrAppend(&name, "; keys and values by copy engines");
+  if (impl_->relayed()) absl::StrAppend(&name, ", those of other hosts relayed");
   if (!impl_->peer_copies_reason.empty()) {
     absl::StrAppend(&name, "; keys and values not by copy engines: ", impl_->peer_copies_reason);
   }

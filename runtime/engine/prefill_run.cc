@@ -186,7 +186,7 @@ absl::Status PrefillRun::Compute() {
   if (outcome.ok()) outcome = engine_.Agree(TakeFigures(work));
   // Copies of K and V read memory of `work`.
   const absl::Status drained = work.exporter != nullptr ? work.exporter->Finish(outcome) : absl::OkStatus();
-  if (work.peers != nullptr) {
+  if (engine_.peer_copies) {  // also where it could not be opened, since other hosts may have
     // What was given up may still be reading. An error is one of a device that whoever uses it next reports.
     engine_.backend->stream().Sync().IgnoreError();
     work.peers.reset();

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+
 namespace longfill {
 
 RecordedPeers::RecordedPeers(std::vector<int> members, int rank, RecordedBackend& backend,
@@ -43,6 +45,10 @@ absl::Status RecordedPeers::Copy(const Copy2DParams& params, Stream& stream) {
   auto* recorded = dynamic_cast<RecordedStream*>(&stream);
   if (recorded == nullptr) {
     return absl::InvalidArgumentError("a recorded copy is given a stream that nobody records");
+  }
+  if (params.planes != 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a copy from a peer of ", params.planes, " planes, it brings one"));
   }
   const auto copy = [&] {
     if (!filled_.insert(params.to).second) return absl::OkStatus();

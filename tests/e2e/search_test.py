@@ -173,9 +173,17 @@ class Search(support.TemporaryDirectoryTest):
         self.assertIn("mean recall", result.stdout)
 
     def test_a_geometry_needs_no_checkpoint(self):
-        result = run("search", "--geometry", MODEL / "config.json", *self.tokens(), *FAMILIES, *BUDGETS, "--runs", "1", "--json")
+        result = run("search", "--geometry", MODEL / "config.json", *self.tokens(), *FAMILIES, *BUDGETS, "--runs", "1", "--json",
+                     "--end-share", "0.2")
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertEqual(sum(json.loads(result.stdout)["patterns"].values()), LAYERS * HEADS)
+
+    def test_the_share_of_the_last_rows_is_of_one_value(self):
+        for value, share, reason in (("recall", "0.2", "--end-share 0.2 is a share of --value end, the value is recall"),
+                                     ("end", "1.5", "--end-share")):
+            refused = self.search("--value", value, "--end-share", share)
+            self.assertEqual(refused.returncode, 2)
+            self.assertIn(reason, refused.stderr)
 
     def test_bad_input_is_one_line_and_exit_code_2(self):
         costs = self.calibrate()

@@ -370,6 +370,7 @@ class GuardedPeers final : public PeerAccess {
   }
   absl::Status Close(const void*) override { return absl::OkStatus(); }
   absl::Status Copy(const Copy2DParams& params, Stream& stream) override {
+    LF_CHECK(params.planes == 1);
     return kernels_.Copy2D(params, stream);
   }
 

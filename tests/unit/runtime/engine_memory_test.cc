@@ -104,6 +104,22 @@ TEST_F(MemoryPlanTest, DeviceAndHostAreCheckedByThemselves) {
   EXPECT_EQ(PlanMemory(input).staging_bytes, 0);
 }
 
+TEST_F(MemoryPlanTest, RowsOfOtherHostsCountOnTop) {
+  FakeDevice device;
+  MemoryPlanInput input = Input({4, 1}, 1000);
+  input.kernels = &device.kernels();
+  input.peer_copies = true;
+  const MemoryPlan one_host = PlanMemory(input);
+  input.peer_hosts = PeerHosts({0, 0, 1, 1});
+  const MemoryPlan two_hosts = PlanMemory(input);
+  const ShardPlan plan(input.mesh, input.num_tokens);
+  const int64_t most_rows =
+      std::max(plan.NumTokens(0) + plan.NumTokens(2), plan.NumTokens(1) + plan.NumTokens(3));
+  const int64_t row_bytes =
+      input.config->num_kv_heads * input.config->head_dim * DTypeBytes(device.kernels().compute_dtype());
+  EXPECT_EQ(two_hosts.activation_bytes - one_host.activation_bytes, 2 * most_rows * row_bytes);
+}
+
 TEST_F(MemoryPlanTest, ReplacedIndicesCountOnTop) {
   MemoryPlanInput input = Input({1, 1}, 1000);
   const MemoryPlan without = PlanMemory(input);
