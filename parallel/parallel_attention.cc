@@ -49,6 +49,11 @@ std::vector<RoundHeads> MakeRounds(std::span<const int32_t> heads, int64_t q_per
   return rounds;
 }
 
+// The rank that has on `host` the place of `rank` on its own.
+int AtPlaceOf(int rank, int host, const PeerHosts& hosts) {
+  return hosts.RanksOf(host)[static_cast<size_t>(hosts.LocalOf(rank))];
+}
+
 std::vector<int32_t> HeadsOf(const ParallelAttentionParams& params, int64_t num_q_heads) {
   if (!params.heads.empty()) return {params.heads.begin(), params.heads.end()};
   std::vector<int32_t> all(static_cast<size_t>(num_q_heads));
@@ -627,7 +632,7 @@ class ParallelAttention::AttentionRun {
     return hosts.AllGather(params_.v.data, params_.peers->relay_v, counts_bytes, exchange_);
   }
   // The rank of a host that has this one's place there.
-  int RelayedFrom(int host) const { return owner_.options_.hosts.RanksOf(host)[LocalOf(rank_)]; }
+  int RelayedFrom(int host) const { return AtPlaceOf(rank_, host, owner_.options_.hosts); }
   int LocalOf(int rank) const { return relayed() ? owner_.options_.hosts.LocalOf(rank) : rank; }
 
   // Where this rank reads the keys (buffer 0) or values (1) of a rank: [num_kv_heads, its tokens, head_dim].
@@ -637,7 +642,7 @@ class ParallelAttention::AttentionRun {
     const PeerHosts& hosts = owner_.options_.hosts;
     int64_t rows_before = 0;
     for (int host = 0; host < hosts.HostOf(rank); ++host) {
-      rows_before += plan_.NumTokens(hosts.RanksOf(host)[hosts.LocalOf(rank)]);
+      rows_before += plan_.NumTokens(AtPlaceOf(rank, host, hosts));
     }
     return at + RowBytes(geometry_.num_kv_heads * rows_before);
   }
@@ -903,7 +908,7 @@ int64_t ParallelAttention::RelayBytes(const AttentionGeometry& geometry, DType d
                                       const PeerHosts& hosts, int rank) {
   int64_t rows = 0;
   for (int host = 0; host < hosts.num_hosts() && hosts.num_hosts() > 1; ++host) {
-    rows += plan.NumTokens(hosts.RanksOf(host)[static_cast<size_t>(hosts.LocalOf(rank))]);
+    rows += plan.NumTokens(AtPlaceOf(rank, host, hosts));
   }
   return rows * geometry.num_kv_heads * geometry.head_dim * DTypeBytes(dtype);
 }

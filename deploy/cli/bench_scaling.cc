@@ -101,7 +101,7 @@ absl::StatusOr<ScalingRun> Measure(const RecordingJob& job, const ScalingWork& r
   MeshGroups groups(mesh, job.hosts);
   LF_ASSIGN_OR_RETURN(const std::vector<RankRecording> recordings,
                       RecordRanks(job, mesh, groups, device, &traffic));
-  ScalingRun run{.mesh = mesh, .peer_copies = job.peer_copies && ParallelAttention::BeginsEarly(mesh)};
+  ScalingRun run{.mesh = mesh, .peer_copies = job.peer_copies};
   LF_ASSIGN_OR_RETURN(run.figures,
                       ComputeScalingFigures(recordings, read.choice, groups.members(), read.links));
   const LinkTraffic::Figures after = traffic.figures();
@@ -136,9 +136,9 @@ absl::Status MeasureAll(const ScalingOptions& options, const ScalingWork& read, 
       LF_RETURN_IF_ERROR(job.replacement->Begin(*device, options.work.num_tokens));
     }
     for (const Mesh& mesh : read.meshes) {
-      job.hosts = HostsOf(mesh, read.links);
-      job.peer_copies = read.peer_copies && job.hosts.CheckAlike().ok();
-      if (!job.peer_copies || !ParallelAttention::BeginsEarly(mesh)) job.hosts = PeerHosts();
+      const PeerHosts hosts = HostsOf(mesh, read.links);
+      job.peer_copies = read.peer_copies && ParallelAttention::BeginsEarly(mesh) && hosts.CheckAlike().ok();
+      job.hosts = job.peer_copies ? hosts : PeerHosts();
       LF_ASSIGN_OR_RETURN(const ScalingRun run, Measure(job, read, mesh, *device, *traffic));
       report->runs.push_back(run);
       if (!options.json) std::printf("%s", report->RunText(report->runs.back()).c_str());

@@ -125,9 +125,8 @@ void AddDeviceOption(CLI::App& app, ModelOptions& options) {
   app.add_option(
          "--peer-copies", options.peer_copies,
          "whether copy engines bring keys and values from the other ranks' GPUs, when the mesh splits the\n"
-         "sequence alone: on, off, or auto (default): where the GPUs of each host can, and every host has "
-         "as\n"
-         "many ranks")
+         "sequence alone: on, off, or auto (default): where the GPUs of each host can, and every\n"
+         "host has as many ranks")
       ->type_name("WHEN")
       ->check(CLI::IsMember({"auto", "on", "off"}));
 }

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/block_selection_simd.h"
 #include "kernels/cpu/workspace.h"
+#include "kernels/sparse/position_check.h"
 
 namespace longfill {
 namespace {
@@ -33,11 +34,8 @@ int64_t RowBlockOf(const SelectBlocksParams& params, int64_t i) {
 absl::Status CheckSelectBlocks(const SelectBlocksParams& params, Workspace workspace, int num_threads) {
   LF_RETURN_IF_ERROR(CheckHeadDim("block selection", params.head_dim));
   LF_RETURN_IF_ERROR(CheckAtLeast("block selection", "num_blocks", params.num_blocks, 1));
-  const PositionMap& map = params.positions;
-  if (!map.Ascends() || !map.KeepsTogether(kRowBlock, params.num_row_blocks * kRowBlock)) {
-    return absl::InvalidArgumentError(absl::StrCat("block selection: position map ", ToString(map),
-                                                   " does not keep blocks of ", kRowBlock, " rows together"));
-  }
+  LF_RETURN_IF_ERROR(
+      CheckKeepsTogether("block selection", params.positions, kRowBlock, params.num_row_blocks * kRowBlock));
   const int64_t last = RowBlockOf(params, params.num_row_blocks - 1);  // they ascend
   if (last >= params.num_key_blocks) {
     return absl::InvalidArgumentError(

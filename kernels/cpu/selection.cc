@@ -56,11 +56,11 @@ template <typename Body>
 void ForKeys(const SelectionLists& lists, int64_t list, int64_t begin, int64_t end, const Body& body) {
   const float* scores = lists.scores + list * lists.list_stride;
   const bool distances = list % 2 == 1;
+  const PositionMap& map = lists.positions;
   while (begin < end) {  // one piece of consecutive positions at a time
-    const PositionMap& map = lists.positions;
     const int64_t piece_end =
         std::min(end, ((begin + map.skipped) / map.block + 1) * map.block - map.skipped);
-    const int64_t first = lists.positions.Position(begin) - begin;
+    const int64_t first = map.Position(begin) - begin;
     for (int64_t e = begin; e < piece_end; ++e) {
       const int64_t index = distances ? lists.last_query - (first + e) : first + e;
       body(SelectionKey(scores[e], index), index);

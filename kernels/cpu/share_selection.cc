@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/share_selection_simd.h"
 #include "kernels/cpu/workspace.h"
+#include "kernels/sparse/position_check.h"
 
 namespace longfill {
 namespace {
@@ -64,16 +65,9 @@ class BlockRepresentatives {
   float distance_[kRowBlock];
 };
 
-absl::Status CheckPositions(const ShareSelectionParams& params) {
-  const PositionMap& map = params.positions;
-  if (map.Ascends() && map.KeepsTogether(kRowBlock, params.num_rows)) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("share selection: position map ", ToString(map),
-                                                 " does not keep blocks of ", kRowBlock, " rows together"));
-}
-
 absl::Status CheckSelection(const ShareSelectionParams& params) {
   LF_RETURN_IF_ERROR(CheckHeadDim("share selection", params.head_dim));
-  LF_RETURN_IF_ERROR(CheckPositions(params));
+  LF_RETURN_IF_ERROR(CheckKeepsTogether("share selection", params.positions, kRowBlock, params.num_rows));
   if (params.num_representatives < 1 || params.num_representatives > kMaxOutliers + 1) {
     return absl::InvalidArgumentError(absl::StrCat("share selection: num_representatives ",
                                                    params.num_representatives, " is not in [1, ",

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/sparse/position_check.h"
 
 namespace longfill {
 namespace {
@@ -233,10 +234,8 @@ absl::Status Check(const SelectBlocksParams& params) {
                                                  ", only for multiples of 8 up to 256"));
   }
   const PositionMap& map = params.positions;
-  if (!map.Ascends() || !map.KeepsTogether(kRowBlock, params.num_row_blocks * kRowBlock)) {
-    return absl::InvalidArgumentError(absl::StrCat("block selection: position map ", ToString(map),
-                                                   " does not keep blocks of ", kRowBlock, " rows together"));
-  }
+  LF_RETURN_IF_ERROR(
+      CheckKeepsTogether("block selection", map, kRowBlock, params.num_row_blocks * kRowBlock));
   const int64_t last = map.Position((params.num_row_blocks - 1) * kRowBlock) / kRowBlock;
   if (last >= params.num_key_blocks) {
     return absl::InvalidArgumentError(

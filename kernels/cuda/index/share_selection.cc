@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/index/share_selection_args.h"
+#include "kernels/sparse/position_check.h"
 
 namespace longfill {
 namespace {
@@ -18,10 +19,7 @@ constexpr double kLaunchFlops = 0.2 * 100e12;
 
 absl::Status CheckPositions(const ShareSelectionParams& params) {
   const PositionMap& map = params.positions;
-  if (!map.Ascends() || !map.KeepsTogether(kRowBlock, params.num_rows)) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": position map ", ToString(map),
-                                                   " does not keep blocks of ", kRowBlock, " rows together"));
-  }
+  LF_RETURN_IF_ERROR(CheckKeepsTogether(kOperation, map, kRowBlock, params.num_rows));
   const int64_t last = map.Position(params.num_rows - 1);
   if (last > kMaxPosition) {
     return absl::InvalidArgumentError(

@@ -142,14 +142,12 @@ class FakeDevice::Kernels final : public KernelSet {
 
   absl::Status CopyIn(void*, const void*, int64_t, Stream&) override { return CannotDo(); }
   absl::Status Copy2D(const Copy2DParams& params, Stream& stream) override {
+    if (params.planes != 1) return CannotDo();
     static_cast<FakeStream&>(stream).Enqueue([params] {
-      for (int64_t i = 0; i < params.planes * params.rows; ++i) {
-        const int64_t plane = i / params.rows;
-        const int64_t row = i % params.rows;
-        std::memcpy(
-            static_cast<char*>(params.to) + plane * params.to_plane_pitch + row * params.to_pitch,
-            static_cast<const char*>(params.from) + plane * params.from_plane_pitch + row * params.from_pitch,
-            static_cast<size_t>(params.row_bytes));
+      for (int64_t row = 0; row < params.rows; ++row) {
+        std::memcpy(static_cast<char*>(params.to) + row * params.to_pitch,
+                    static_cast<const char*>(params.from) + row * params.from_pitch,
+                    static_cast<size_t>(params.row_bytes));
       }
     });
     return absl::OkStatus();
