@@ -173,10 +173,8 @@ absl::StatusOr<std::vector<SparseIndex>> RecordedSelections(const RecordedPrompt
   }
   std::vector<SparseIndex> indices;
   for (size_t i = 0; i < patterns.size(); ++i) {
-    if (std::holds_alternative<Dense>(patterns[i])) {
-      indices.push_back(MakeDenseIndex());
-    } else if (const auto* a_shape = std::get_if<AShape>(&patterns[i]); a_shape != nullptr) {
-      indices.push_back(MakeAShapeIndex(*a_shape, num_tokens));
+    if (std::optional<SparseIndex> fixed = MakeFixedIndex(patterns[i], num_tokens); fixed.has_value()) {
+      indices.push_back(*std::move(fixed));
     } else if (const auto* budget = std::get_if<VerticalSlash>(&patterns[i]); budget != nullptr) {
       LF_ASSIGN_OR_RETURN(SparseIndex index, RecordedSelection(prompt, *budget, recorded_heads[i]));
       indices.push_back(std::move(index));

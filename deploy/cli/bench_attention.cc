@@ -123,11 +123,9 @@ class CaseMaker {
           absl::StrCat(made->name, ": block lists are timed as random-blocks:..."));
     }
     made->source = "nothing to select";
-    if (!std::holds_alternative<VerticalSlash>(pattern)) {
-      const SparseIndex index = std::holds_alternative<Dense>(pattern)
-                                    ? MakeDenseIndex()
-                                    : MakeAShapeIndex(std::get<AShape>(pattern), made->num_tokens);
-      made->indices.assign(made->patterns.size(), index);
+    if (const std::optional<SparseIndex> fixed = MakeFixedIndex(pattern, made->num_tokens);
+        fixed.has_value()) {
+      made->indices.assign(made->patterns.size(), *fixed);
       return absl::OkStatus();
     }
     made->source = "as built from random Q and K";

@@ -15,6 +15,7 @@
 #include "runtime/engine/device_communicator.h"
 #include "runtime/engine/engine_device.h"
 #include "runtime/scaling/rank_recording.h"
+#include "runtime/scaling/referenced_keys.h"
 
 namespace longfill {
 namespace {
@@ -93,6 +94,25 @@ absl::StatusOr<ScalingWork> ReadWork(const ScalingOptions& options) {
   return read;
 }
 
+// Of the indices that the executed layers run with.
+ReferencedKeys CountReferencedKeys(const BenchWork& work, const std::vector<int64_t>& executed,
+                                   const Mesh& mesh) {
+  const auto num_tokens = static_cast<int64_t>(work.token_ids.size());
+  std::vector<PackedIndices> layers;
+  for (const int64_t layer : executed) {
+    if (work.replayed != nullptr) {
+      layers.push_back(work.replayed->packed(layer));
+      continue;
+    }
+    std::vector<SparseIndex> heads;  // none selects: CheckRunsAlone
+    for (int64_t head = 0; head < work.config.num_q_heads; ++head) {
+      heads.push_back(MakeFixedIndex(work.patterns.at(layer, head), num_tokens).value());
+    }
+    layers.emplace_back(heads);
+  }
+  return SummarizeReferencedKeys(ShardPlan(mesh, num_tokens), layers, work.config.num_kv_heads);
+}
+
 // All ranks of a mesh, one after the other.
 absl::StatusOr<ScalingRun> Measure(const RecordingJob& job, const ScalingWork& read, const Mesh& mesh,
                                    Backend& device, LinkTraffic& traffic) {
@@ -105,6 +125,9 @@ absl::StatusOr<ScalingRun> Measure(const RecordingJob& job, const ScalingWork& r
   LF_ASSIGN_OR_RETURN(run.figures,
                       ComputeScalingFigures(recordings, read.choice, groups.members(), read.links));
   const LinkTraffic::Figures after = traffic.figures();
+  if (mesh.sequence > 1) {
+    run.referenced = CountReferencedKeys(read.work, read.choice.executed, mesh);
+  }
   run.copied = {after.bytes - before.bytes, after.seconds - before.seconds};
   run.recording_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return run;

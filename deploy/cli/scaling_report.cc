@@ -18,6 +18,14 @@ double CopiedGbs(const LinkTraffic::Figures& copied) {
   return copied.seconds > 0 ? static_cast<double>(copied.bytes) / copied.seconds / kGiga : 0;
 }
 
+Json ReferencedJson(const std::optional<ReferencedKeys>& keys) {
+  if (!keys.has_value()) return {};
+  return {{"mean", keys->mean},
+          {"least", keys->least},
+          {"under_half", keys->under_half},
+          {"by_kv_group", keys->by_kv_head}};
+}
+
 }  // namespace
 
 std::optional<double> ScalingReport::Efficiency(const ScalingRun& run) const {
@@ -48,6 +56,7 @@ std::string ScalingReport::ToJson() const {
     }
     entry["copied_bytes"] = run.copied.bytes;
     entry["copied_gbs"] = CopiedGbs(run.copied);
+    entry["referenced_key_blocks"] = ReferencedJson(run.referenced);
     entry["recording_seconds"] = run.recording_seconds;
     list.push_back(std::move(entry));
   }
@@ -96,6 +105,14 @@ std::string ScalingReport::RunText(const ScalingRun& run) const {
         "  links      %.3f GB in a node%s, %.3f GB between nodes; %.3f GB copied at %.1f GB/s\n",
         figures.bytes.node / kGiga, run.peer_copies ? ", keys and values by copy engines" : "",
         figures.bytes.network / kGiga, static_cast<double>(run.copied.bytes) / kGiga, CopiedGbs(run.copied));
+  }
+  if (run.referenced.has_value()) {
+    const ReferencedKeys& keys = *run.referenced;
+    text += absl::StrFormat(
+        "  keys       %.3f of other ranks' key blocks are referenced (least %.3f), by KV group", keys.mean,
+        keys.least);
+    for (const double share : keys.by_kv_head) text += absl::StrFormat(" %.3f", share);
+    text += absl::StrFormat("; under half in %.3f of the cases\n", keys.under_half);
   }
   return text;
 }

@@ -12,6 +12,7 @@
 #include "parallel/mesh.h"
 #include "runtime/scaling/link_model.h"
 #include "runtime/scaling/link_traffic.h"
+#include "runtime/scaling/referenced_keys.h"
 #include "runtime/scaling/scaling_figures.h"
 
 namespace longfill {
@@ -20,8 +21,9 @@ struct ScalingRun {
   Mesh mesh;
   bool peer_copies = false;  // keys and values are read by copy engines, not exchanged
   ScalingFigures figures;
-  LinkTraffic::Figures copied;   // beside the work of all ranks
-  double recording_seconds = 0;  // that all ranks took one after the other
+  LinkTraffic::Figures copied;               // beside the work of all ranks
+  std::optional<ReferencedKeys> referenced;  // of meshes that gather keys by sequence
+  double recording_seconds = 0;              // that all ranks took one after the other
 };
 
 struct ScalingReport {

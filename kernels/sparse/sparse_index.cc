@@ -135,6 +135,13 @@ SparseIndex MakeAShapeIndex(const AShape& pattern, int64_t num_tokens) {
   return index;
 }
 
+std::optional<SparseIndex> MakeFixedIndex(const HeadPattern& pattern, int64_t num_tokens) {
+  if (std::holds_alternative<Dense>(pattern)) return MakeDenseIndex();
+  const auto* a_shape = std::get_if<AShape>(&pattern);
+  if (a_shape == nullptr) return std::nullopt;
+  return MakeAShapeIndex(*a_shape, num_tokens);
+}
+
 SparseIndex MakeVerticalSlashIndex(std::vector<int32_t> columns, std::vector<int32_t> distances,
                                    Coverage coverage) {
   DiagonalColumnIndex index;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <variant>
 #include <vector>
@@ -65,6 +66,8 @@ SparseIndex MakeDenseIndex();
 // Keys at or beyond num_tokens get no column: give it, or n_init integers are stored however short the prompt
 // is.
 SparseIndex MakeAShapeIndex(const AShape& pattern, int64_t num_tokens = std::numeric_limits<int32_t>::max());
+// Of a pattern that says all, dense or A-shape; empty: its keys are selected for each prompt.
+std::optional<SparseIndex> MakeFixedIndex(const HeadPattern& pattern, int64_t num_tokens);
 SparseIndex MakeVerticalSlashIndex(std::vector<int32_t> columns, std::vector<int32_t> distances,
                                    Coverage coverage);
 

@@ -124,18 +124,15 @@ std::vector<SparseIndex> RecordedIndices::IndicesOfLayer(const PatternSet& patte
   std::vector<SparseIndex> indices;
   for (int64_t head = 0; head < patterns.num_heads(); ++head) {
     const HeadPattern& pattern = patterns.at(layer, head);
-    if (const auto* a_shape = std::get_if<AShape>(&pattern); a_shape != nullptr) {
-      indices.push_back(MakeAShapeIndex(*a_shape, num_tokens_));
-    } else if (const auto* budget = std::get_if<VerticalSlash>(&pattern); budget != nullptr) {
-      const VerticalSlashBudget taken(*budget, num_tokens_);
-      const auto columns = vertical(layer % num_layers_, head % num_heads_).first(taken.columns);
-      const auto distances = slash(layer % num_layers_, head % num_heads_).first(taken.distances);
-      indices.push_back(MakeVerticalSlashIndex({columns.begin(), columns.end()},
-                                               {distances.begin(), distances.end()}, coverage));
-    } else {
-      LF_CHECK(std::holds_alternative<Dense>(pattern));
-      indices.push_back(MakeDenseIndex());
+    if (std::optional<SparseIndex> fixed = MakeFixedIndex(pattern, num_tokens_); fixed.has_value()) {
+      indices.push_back(*std::move(fixed));
+      continue;
     }
+    const VerticalSlashBudget taken(std::get<VerticalSlash>(pattern), num_tokens_);
+    const auto columns = vertical(layer % num_layers_, head % num_heads_).first(taken.columns);
+    const auto distances = slash(layer % num_layers_, head % num_heads_).first(taken.distances);
+    indices.push_back(MakeVerticalSlashIndex({columns.begin(), columns.end()},
+                                             {distances.begin(), distances.end()}, coverage));
   }
   return indices;
 }

@@ -77,6 +77,9 @@ class ReplayedIndices final : public IndexReplacement {
                                                                  const PatternSet& patterns,
                                                                  Coverage coverage);
 
+  // Of the heads of one layer, on the host.
+  const PackedIndices& packed(int64_t layer) const { return layers_[static_cast<size_t>(layer)].packed; }
+
   int64_t PlanBytes(int64_t num_tokens) const override;
   // Waits for backend.stream().
   absl::Status Begin(Backend& backend, int64_t num_tokens) override;

@@ -68,6 +68,23 @@ class BenchScaling(support.TemporaryDirectoryTest):
             self.assertGreater(figures["index_seconds"]["mean"], 0)
         self.assertEqual(self.report("--mesh", "head=2", "--layers", "1", *self.replay())["executed_layers"], 1)
 
+    def test_the_key_blocks_that_ranks_reference_are_told_by_kv_group(self):
+        heads = {str(head): ["stream_llm", 1 if head < 2 else 2000, 64, 1] for head in range(4)}
+        patterns = self.tmp / "patterns.json"
+        patterns.write_text(json.dumps([heads] * NUM_LAYERS))
+        by_head, by_sequence = (
+            self.report("--mesh", mesh, "--patterns", patterns)["runs"][0] for mesh in ("head=2", "sequence=2"))
+        self.assertIsNone(by_head["referenced_key_blocks"])  # nothing is gathered
+        # Blocks of 128 go 0 1 1 0 ...: of the 16 blocks each rank has 8. The first KV group sees block 0, and the
+        # last 64 keys before each row: the block before each of its own. Rank 1 (blocks 1 2 5 6 9 10 13 14) needs
+        # 0 4 8 12 of the other's, rank 0 (0 3 4 7 8 11 12 15) 2 6 10 14. The second sees all but those after it:
+        # all of rank 1's are before block 15, and of rank 0's block 15 is not before 14.
+        referenced = by_sequence["referenced_key_blocks"]
+        self.assertEqual(referenced["by_kv_group"], [0.5, (1 + 7 / 8) / 2])
+        self.assertEqual((referenced["least"], referenced["under_half"]), (0.5, 0))
+        text = self.bench("--mesh", "sequence=2", "--patterns", patterns).stdout
+        self.assertIn("of other ranks' key blocks are referenced (least 0.500), by KV group 0.500 0.938", text)
+
     def test_one_kv_group_a_rank_of_which_one_is_dense_does_not_balance(self):
         patterns = self.tmp / "patterns.json"
         heads = {"0": ["stream_llm", 2000, 2000, 1], "1": ["stream_llm", 2000, 2000, 1],

@@ -45,26 +45,29 @@ def attention(q, k, v, inv_freq, dual_chunk):
         rows = []
         for i in range(num_tokens):
             at = distances[i] + length
-            scores = (rotate(q[head, i].expand(num_tokens, dim), cos[at], sin[at]) * k[kv_head]).sum(-1)
-            scores = (scores * scale**2 / math.sqrt(dim)).masked_fill(~causal[i], -torch.inf)
-            rows.append(torch.softmax(scores, -1) @ v[kv_head])
+            asked = rotate(q[head, i].expand(num_tokens, dim), cos[at], sin[at])
+            scores = torch.einsum("kd,kd->k", asked, k[kv_head]) * scale**2 / math.sqrt(dim)
+            weights = torch.softmax(scores.masked_fill(~causal[i], -torch.inf), -1, torch.promote_types(q.dtype, torch.float32))
+            rows.append(weights.to(q.dtype) @ v[kv_head])
         outputs.append(torch.stack(rows))
     places = torch.arange(num_tokens) % length + length
     return torch.stack(outputs), rotate(k, cos[places], sin[places]) * scale
 
 
 def install(model):
-    """Gives every layer of a Qwen2 of transformers 4 this attention, for whole prompts."""
+    """Gives every layer of a Qwen2 of transformers 4 or 5 this attention, for whole prompts; on the CPU."""
     dual_chunk = model.config.dual_chunk_attention_config
 
-    def forward(layer, hidden_states, past_key_value=None, **_):
+    def forward(layer, hidden_states, past_key_value=None, past_key_values=None, **_):
         heads = [
             projection(hidden_states)[0].unflatten(-1, (-1, layer.head_dim)).transpose(0, 1)
             for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
         ]
         output, cached = attention(*heads, model.model.rotary_emb.inv_freq, dual_chunk)
-        past_key_value.update(cached[None], heads[2][None], layer.layer_idx)
-        return layer.o_proj(output.transpose(0, 1).flatten(1))[None], None, past_key_value
+        output = layer.o_proj(output.transpose(0, 1).flatten(1))[None]
+        cache = past_key_values if past_key_value is None else past_key_value  # the names of versions 5 and 4
+        cache.update(cached[None], heads[2][None], layer.layer_idx)
+        return (output, None) if past_key_value is None else (output, None, past_key_value)
 
     for layer in model.model.layers:
         layer.self_attn.forward = types.MethodType(forward, layer.self_attn)

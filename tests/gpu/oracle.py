@@ -3,12 +3,16 @@
 import json
 import pathlib
 import shutil
+import sys
 import tempfile
 
 import numpy
 import torch
 import transformers
 from checks import error_ratio
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "golden"))
+import dual_chunk  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -26,7 +30,8 @@ def load_model(directory, dtype, device, attention="eager", **options):
 
 def load_golden_model(directory, golden, dtype, device):
     """The checkpoint of a golden case. Its scaled rotary frequencies come from the golden file: not every transformers
-    computes them, nor reads every spelling of config.json. What only remote code reads is loaded in its native form."""
+    computes them, nor reads every spelling of config.json. What only remote code reads is loaded in its native form, and
+    dual chunk attention, which transformers lacks, is ours, by definition."""
     if json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"] == "chatglm":
         directory = directory.parent / "glm-native"
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -39,6 +44,9 @@ def load_golden_model(directory, golden, dtype, device):
     heads = config["num_attention_heads"]
     if "head_dim" in config:
         config["num_attention_heads"] = config["num_key_value_heads"]
+    dual_chunks = "dual_chunk_attention_config" in config
+    if dual_chunks:
+        device = "cpu"
     with tempfile.TemporaryDirectory() as folder:
         for path in directory.glob("model*"):
             shutil.copy(path, folder)
@@ -49,6 +57,8 @@ def load_golden_model(directory, golden, dtype, device):
     rotary = model.model.rotary_emb
     rotary.inv_freq = torch.from_numpy(numpy.array(golden["rope.inv_freq"])).to(device)
     rotary.attention_scaling = float(golden["rope.attention_factor"][0])
+    if dual_chunks:
+        dual_chunk.install(model)
     return model
 
 

@@ -85,8 +85,9 @@ RUN
 }
 
 pack_scripts() {
-  mkdir -p "$out/tests/gpu" "$out/tests/bench"
+  mkdir -p "$out/tests/gpu" "$out/tests/golden" "$out/tests/bench"
   cp "$root"/tests/gpu/*.py "$root"/tests/gpu/multi_gpu.sh "$out/tests/gpu/"
+  cp "$root"/tests/golden/dual_chunk.py "$out/tests/golden/"
   cp "$root"/tests/bench/*.py "$out/tests/bench/"
   # A long text for models with a tokenizer.
   (cd "$root" && find . -name README.md -not -path './build/*' -not -path './.*' -print0 | sort -z | xargs -0 cat) >"$out/text.md"
