@@ -33,7 +33,8 @@ struct Widen {
     return BlockSparse{blocks.num_blocks * factor};
   }
   HeadPattern operator()(const BlockShare& share) const {
-    return BlockShare{share.outliers, std::max(kLeastShare, share.min_share / static_cast<double>(factor))};
+    return BlockShare{share.outliers, std::max(kLeastShare, share.min_share / static_cast<double>(factor)),
+                      share.samples};
   }
 };
 

@@ -32,8 +32,12 @@ ShareSelector::ShareSelector(const KernelSet& kernels, const ShardPlan& plan,
     const auto* shares = std::get_if<BlockShare>(&patterns[h]);
     if (shares == nullptr) continue;
     const int64_t kv_head = static_cast<int64_t>(h) / geometry.q_per_kv();
-    if (groups_.empty() || groups_.back().kv_head != kv_head || groups_.back().outliers != shares->outliers) {
-      groups_.push_back({.kv_head = kv_head, .outliers = shares->outliers, .first_place = num_heads_});
+    if (groups_.empty() || groups_.back().kv_head != kv_head || groups_.back().outliers != shares->outliers ||
+        groups_.back().samples != shares->samples) {
+      groups_.push_back({.kv_head = kv_head,
+                         .outliers = shares->outliers,
+                         .samples = shares->samples,
+                         .first_place = num_heads_});
     }
     groups_.back().heads.push_back(static_cast<int32_t>(h));
     groups_.back().min_share.push_back(static_cast<float>(shares->min_share));
@@ -56,9 +60,9 @@ int64_t ShareSelector::RowBlocksAtOnce() const {
   return std::min(num_row_blocks_, fitting);
 }
 
-int64_t ShareSelector::MostOutliers() const {
+int64_t ShareSelector::MostRepresentatives() const {
   int64_t most = 0;
-  for (const Group& group : groups_) most = std::max(most, group.outliers);
+  for (const Group& group : groups_) most = std::max(most, group.num_representatives());
   return most;
 }
 
@@ -71,7 +75,7 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
   Scratch at;
   if (groups_.empty()) return at;
   const int64_t key_bytes = geometry_.head_dim * DTypeBytes(kernels_.compute_dtype());
-  const int64_t representatives = MostOutliers() + 1;
+  const int64_t representatives = MostRepresentatives();
   const int64_t own_rows = OwnRowBlocks(local_tokens);
   const int64_t bits_bytes = HeadsAtOnce() * RowBytes();  // of a row block
   PieceLayout pieces;
@@ -120,7 +124,7 @@ class ShareSelector::Selection {
       const int64_t heads = Neighbours(group, head);
       for (int64_t row = 0; row < selector_.num_row_blocks_; row += selector_.RowBlocksAtOnce()) {
         const int64_t end = std::min(selector_.num_row_blocks_, row + selector_.RowBlocksAtOnce());
-        LF_RETURN_IF_ERROR(SelectPart({group, head, heads, row, end}, q));
+        LF_RETURN_IF_ERROR(SelectPart({group, head, heads, row, end}, q, k));
       }
       head += heads;
     }
@@ -167,11 +171,14 @@ class ShareSelector::Selection {
     params.num_keys = local_tokens_;
     params.head_dim = selector_.geometry_.head_dim;
     params.num_outliers = group.outliers;
+    params.num_samples = group.samples;
     params.out = Piece<void>(several_ranks_ ? at_.own : at_.representatives);
     LF_RETURN_IF_ERROR(kernels_.Representatives(params, stream_));
     if (!several_ranks_) return absl::OkStatus();
     return GatherPlanes(
-        {.num_planes = group.outliers + 1, .row_bytes = key_bytes_, .num_rows = selector_.num_key_blocks_},
+        {.num_planes = group.num_representatives(),
+         .row_bytes = key_bytes_,
+         .num_rows = selector_.num_key_blocks_},
         [this](int rank) {
           return OwnRows{WholeBlocksOf(plan_.NumTokens(rank)),
                          plan_.TokenPositions(rank).OfBlocks(kRowBlock)};
@@ -185,7 +192,7 @@ class ShareSelector::Selection {
     return std::min(positions.RowsBelow(row_block * kRowBlock), plan_.NumTokens(rank));
   }
 
-  absl::Status SelectPart(const Part& part, HeadsView<const void> q) {
+  absl::Status SelectPart(const Part& part, HeadsView<const void> q, HeadsView<const void> k) {
     const int64_t first_row = LocalRowsBefore(world_.rank(), part.begin);
     ShareSelectionParams params;
     params.q = {Advance(q.data, part.group.heads[part.first_head] * q.head_stride + first_row * q.row_stride,
@@ -195,7 +202,11 @@ class ShareSelector::Selection {
     params.num_rows = LocalRowsBefore(world_.rank(), part.end) - first_row;
     params.positions = plan_.TokenPositions(world_.rank()).From(first_row);
     params.representatives = Piece<void>(at_.representatives);
-    params.num_representatives = part.group.outliers + 1;
+    params.num_representatives = part.group.num_representatives();
+    params.num_samples = part.group.samples;
+    params.own_k = Advance(k.data, part.group.kv_head * k.head_stride + first_row * k.row_stride,
+                           kernels_.compute_dtype());
+    params.own_k_row_stride = k.row_stride;
     params.num_key_blocks = selector_.num_key_blocks_;
     params.head_dim = selector_.geometry_.head_dim;
     params.scale = selector_.geometry_.scale;

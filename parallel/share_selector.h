@@ -42,7 +42,8 @@ class ShareSelector {
   // Heads that read the same representatives, ascending.
   struct Group {
     int64_t kv_head = 0;
-    int64_t outliers = 0;
+    int64_t outliers = 0, samples = 0;
+    int64_t num_representatives() const { return NumRepresentatives(samples, outliers); }
     int64_t first_place = 0;     // of its first head among the block-share heads
     std::vector<int32_t> heads;  // query heads
     std::vector<float> min_share;
@@ -59,7 +60,7 @@ class ShareSelector {
   int64_t RowBytes() const;         // of the bits of one row block
   int64_t HeadsAtOnce() const;      // whose bits are kept together; 1 where those of one head are too many
   int64_t RowBlocksAtOnce() const;  // of the prompt, for each of these heads
-  int64_t MostOutliers() const;
+  int64_t MostRepresentatives() const;
   int64_t OwnRowBlocks(int64_t local_tokens) const;  // at most, of those
 
   const KernelSet& kernels_;

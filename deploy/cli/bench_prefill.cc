@@ -184,7 +184,7 @@ Command AddBenchPrefill(CLI::App& bench) {
   AddBenchWorkOptions(*app, options->work, options->model);
   AddKvOptions(*app, *options);
   AddMeasurementOptions(*app, *options);
-  AddRecallOptions(*app, "nobody watches; not with --indices", options->recall);
+  AddRecallOptions(*app, "nobody watches; --min-recall not with --indices", options->recall);
   AddMeshOption(*app, options->model);
   AddDeviceOption(*app, options->model);
   AddThreadsOption(*app, options->model);

@@ -43,6 +43,15 @@ Json ToJson(const FloorFigures& floor, const CardRates& rates) {
           {"other_seconds", floor.other_seconds},   {"copy_seconds", floor.copy_seconds}};
 }
 
+// Null where nobody watched.
+Json RecallJson(const RecallFigures& recall) {
+  if (recall.rows == 0) return {};
+  return {{"seconds", recall.seconds},
+          {"pair_share", recall.pair_share},
+          {"mean", recall.mean},
+          {"recomputed", recall.recomputed}};
+}
+
 Json ToJson(const BenchReport& report, const BenchRun& run) {
   const PrefillFigures& figures = run.figures;
   const auto layers = static_cast<double>(report.config.num_layers);
@@ -54,6 +63,7 @@ Json ToJson(const BenchReport& report, const BenchRun& run) {
           {"attention_seconds", figures.attention_seconds},
           {"gemm_seconds", figures.gemm_seconds},
           {"other_seconds", figures.other_seconds},
+          {"recall", RecallJson(figures.recall)},
           {"communication_seconds", figures.communication_seconds},
           {"exposed_communication_seconds", figures.exposed_communication_seconds},
           {"communicator", figures.communicator},
@@ -97,6 +107,10 @@ std::string RunText(const BenchReport& report, const BenchRun& run) {
   text += PartLine("attention", figures.attention_seconds, floor.attention_seconds);
   text += PartLine("GEMM", figures.gemm_seconds, floor.gemm_seconds);
   text += PartLine("other", figures.other_seconds, floor.other_seconds);
+  if (figures.recall.rows > 0) {
+    text += absl::StrFormat("  recall monitor %8.3f s   %.2f %% of the pairs, mean recall %.4f\n",
+                            figures.recall.seconds, 100 * figures.recall.pair_share, figures.recall.mean);
+  }
   if (figures.ranks > 1) {
     text += PartLine("communication", figures.communication_seconds, 0);
     text += PartLine("  exposed", figures.exposed_communication_seconds, 0);

@@ -67,12 +67,13 @@ class SharesBench {
     LF_ASSIGN_OR_RETURN(figures.checked_pairs, Check());
     const int64_t pairs = num_row_blocks_ * (num_row_blocks_ - 1) / 2;  // of a row block and one before it
     figures.score_flop = 2.0 * static_cast<double>(options_.head_dim * kRowBlock * group_) *
-                         static_cast<double>(pattern_.outliers + 1) * static_cast<double>(pairs);
+                         static_cast<double>(num_representatives()) * static_cast<double>(pairs);
     return figures;
   }
 
  private:
   int64_t dim() const { return options_.head_dim; }
+  int64_t num_representatives() const { return NumRepresentatives(pattern_.samples, pattern_.outliers); }
   HeadsView<const void> Heads(const Buffer& rows) const { return {rows.data(), num_tokens_ * dim(), dim()}; }
 
   absl::Status Allocate() {
@@ -83,7 +84,7 @@ class SharesBench {
     };
     LF_ASSIGN_OR_RETURN(
         representatives_,
-        allocate((pattern_.outliers + 1) * num_key_blocks_ * dim() * DTypeBytes(dtype_), "representatives"));
+        allocate(num_representatives() * num_key_blocks_ * dim() * DTypeBytes(dtype_), "representatives"));
     LF_ASSIGN_OR_RETURN(bits_, allocate(group_ * num_row_blocks_ * words_ * 8, "bits of row blocks"));
     LF_ASSIGN_OR_RETURN(row_offsets_, allocate(group_ * (num_row_blocks_ + 1) * 8, "row offsets"));
     LF_ASSIGN_OR_RETURN(key_blocks_, allocate(Capacity() * 4, "lists of key blocks"));
@@ -91,7 +92,7 @@ class SharesBench {
     LF_ASSIGN_OR_RETURN(
         workspace_,
         allocate(std::max(kernels_.ShareSelectionWorkspaceBytes(
-                              {group_, num_tokens_, pattern_.outliers + 1, num_key_blocks_, dim()}),
+                              {group_, num_tokens_, num_representatives(), num_key_blocks_, dim()}),
                           kernels_.BuildBlockListsWorkspaceBytes(group_, num_row_blocks_)),
                  "the workspace of selection"));
     return absl::OkStatus();
@@ -135,6 +136,7 @@ class SharesBench {
                                      .num_keys = num_tokens_,
                                      .head_dim = dim(),
                                      .num_outliers = pattern_.outliers,
+                                     .num_samples = pattern_.samples,
                                      .out = representatives_.data()},
                                     stream_);
   }
@@ -143,7 +145,10 @@ class SharesBench {
                                    .num_heads = group_,
                                    .num_rows = num_tokens_,
                                    .representatives = representatives_.data(),
-                                   .num_representatives = pattern_.outliers + 1,
+                                   .num_representatives = num_representatives(),
+                                   .num_samples = pattern_.samples,
+                                   .own_k = k_.data(),
+                                   .own_k_row_stride = dim(),
                                    .num_key_blocks = num_key_blocks_,
                                    .head_dim = dim(),
                                    .scale = scale_,
@@ -202,7 +207,7 @@ class SharesBench {
   absl::StatusOr<int64_t> Check() {
     LF_ASSIGN_OR_RETURN(
         const std::vector<float> representatives,
-        DownloadRows(representatives_.data(), (pattern_.outliers + 1) * num_key_blocks_ * dim()));
+        DownloadRows(representatives_.data(), num_representatives() * num_key_blocks_ * dim()));
     int64_t decided = 0;
     for (int64_t i = 1; i <= kCheckedRowBlocks; ++i) {
       const int64_t m = std::max<int64_t>(0, num_row_blocks_ * i / kCheckedRowBlocks - 1);
@@ -216,7 +221,9 @@ class SharesBench {
       LF_RETURN_IF_ERROR(kernels_.CopyOut(
           bits.data(), bits_.as<uint64_t>() + (head * num_row_blocks_ + m) * words_, words_ * 8, stream_));
       LF_RETURN_IF_ERROR(stream_.Sync());
-      const std::vector<double> shares = LargestShares(q, num_rows, m, representatives);
+      LF_ASSIGN_OR_RETURN(const std::vector<float> own_k,
+                          DownloadRows(Advance(k_.data(), first_row * dim(), dtype_), num_rows * dim()));
+      const std::vector<double> shares = LargestShares({q, own_k, num_rows}, m, representatives);
       for (int64_t b = 1; b + kForcedNearestBlocks <= m; ++b) {
         const bool kept = (bits[b / 64] >> (b % 64) & 1) != 0;
         const double ratio = shares[b] / pattern_.min_share;
@@ -231,22 +238,34 @@ class SharesBench {
     return decided;
   }
 
-  // That a row gives each of the first `num_blocks` key blocks.
-  std::vector<double> LargestShares(const std::vector<float>& q, int64_t num_rows, int64_t num_blocks,
+  // The queries and keys [num_rows, dim] of a row block.
+  struct RowsOfBlock {
+    const std::vector<float>& q;
+    const std::vector<float>& k;
+    int64_t num_rows = 0;
+  };
+  // That a row gives each of the first `num_blocks` key blocks, by the definition (head_pattern.h).
+  std::vector<double> LargestShares(const RowsOfBlock& rows, int64_t num_blocks,
                                     const std::vector<float>& representatives) const {
     std::vector<double> largest(static_cast<size_t>(num_blocks), 0);
-    std::vector<double> scores(largest.size());
-    for (int64_t row = 0; row < num_rows; ++row) {
-      double highest = -INFINITY, sum = 0;
+    for (int64_t row = 0; row < rows.num_rows; ++row) {
+      const float* q = rows.q.data() + row * dim();
+      std::vector<double> scores(static_cast<size_t>(num_blocks), -INFINITY);
       for (int64_t b = 0; b < num_blocks; ++b) {
-        scores[b] = -INFINITY;
-        for (int64_t r = 0; r <= pattern_.outliers; ++r) {
+        for (int64_t r = 0; r < num_representatives(); ++r) {
           const float* representative = representatives.data() + (r * num_key_blocks_ + b) * dim();
-          scores[b] =
-              std::max(scores[b], scale_ * Dot<double>(q.data() + row * dim(), representative, dim()));
+          const double bonus =
+              r < pattern_.samples
+                  ? std::log(static_cast<double>(kRowBlock) / static_cast<double>(pattern_.samples))
+                  : 0;
+          scores[b] = std::max(scores[b], scale_ * Dot<double>(q, representative, dim()) + bonus);
         }
-        highest = std::max(highest, scores[b]);
       }
+      for (int64_t key = 0; pattern_.samples > 0 && key <= row; ++key) {
+        scores.push_back(scale_ * Dot<double>(q, rows.k.data() + key * dim(), dim()));
+      }
+      const double highest = scores.empty() ? 0 : *std::ranges::max_element(scores);
+      double sum = 0;
       for (double& score : scores) sum += score = std::exp(score - highest);
       for (int64_t b = 0; b < num_blocks; ++b) largest[b] = std::max(largest[b], scores[b] / sum);
     }
@@ -292,7 +311,7 @@ absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
   LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(options.attention));
   if (const auto* shares = std::get_if<BlockShare>(&pattern)) return *shares;
   return absl::InvalidArgumentError(
-      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU"));
+      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU[,S]"));
 }
 
 absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
@@ -333,7 +352,7 @@ Command AddBenchShares(CLI::App& bench) {
   auto options = std::make_shared<BenchOptions>();
   AddSelectionBenchOptions(*app, *options);
   app->add_option("--attention", options->attention, "of every head (default: block-share:4,0.1)")
-      ->type_name("block-share:R,TAU");
+      ->type_name("block-share:R,TAU[,S]");
   app->add_option(
          "--q-stddev", options->q_stddev,
          "of the queries' elements, those of keys have 1: the standard deviation of scores (default: 2)")

@@ -22,7 +22,7 @@ struct ScalingRun {
   bool peer_copies = false;  // keys and values are read by copy engines, not exchanged
   ScalingFigures figures;
   LinkTraffic::Figures copied;               // beside the work of all ranks
-  std::optional<ReferencedKeys> referenced;  // of meshes that gather keys by sequence
+  std::optional<ReferencedKeys> referenced;  // by sequence, of our coverage
   double recording_seconds = 0;              // that all ranks took one after the other
 };
 

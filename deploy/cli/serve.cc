@@ -197,7 +197,7 @@ Command AddServeCommand(CLI::App& program) {
   app->add_option(
          "--attention", options->attention,
          "what requests get that ask for 'auto': dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S;\n"
-         "block-sparse:K; block-share:R,TAU; a pattern file; or auto (default), see --dense-below and "
+         "block-sparse:K; block-share:R,TAU[,S]; a pattern file; or auto (default), see --dense-below and "
          "--patterns")
       ->type_name("SPEC");
   AddDeviceOption(*app, options->model);

@@ -346,20 +346,25 @@ struct SelectBlocksParams {
   int32_t* selected = nullptr;  // [num_row_blocks, K] ascending, the first min(K, m + 1) valid
 };
 
-// What stands for each whole block of 64 keys (head_pattern.h, BlockShare): in plane 0 its mean, formed in
-// fp32 and rounded to the compute dtype, in plane r the key that is r-th farthest from that mean before
-// rounding. Distances are Euclidean, in fp32; of equal ones the lower key is the farther.
+// What stands for each whole block of 64 keys (head_pattern.h, BlockShare): in the first plane its mean,
+// formed in fp32 and rounded to the compute dtype, or in the first num_samples ones its sampled keys; then in
+// plane after plane the key that is next farthest from that mean before rounding. Distances are Euclidean, in
+// fp32; of equal ones the lower key is the farther.
 struct RepresentativesParams {
   HeadsView<const void> k;  // [num_heads, num_keys, head_dim], whole blocks but for the prompt's last
   int64_t num_heads = 0;
   int64_t num_keys = 0;
   int64_t head_dim = 0;
-  int64_t num_outliers = 0;  // at most kMaxOutliers
-  void* out = nullptr;  // [num_heads, num_outliers + 1, num_keys / 64, head_dim]; a partial block has none
+  int64_t num_outliers = 0;
+  int64_t num_samples = 0;  // 0: the mean; else a power of two; both together at most kMaxOutliers
+  // [num_heads, NumRepresentatives(num_samples, num_outliers), num_keys / 64, head_dim]; a partial block has
+  // none
+  void* out = nullptr;
 };
 
 // Selection of key blocks by share (head_pattern.h, BlockShare), for heads that read one KV head. The result
-// of a row block depends on its queries and the representatives alone, not on what else is in the call.
+// of a row block depends on its queries, the representatives and, with samples, its keys alone, not on what
+// else is in the call.
 struct ShareSelectionParams {
   HeadsView<const void> q;  // [num_heads, num_rows, head_dim]
   int64_t num_heads = 0;
@@ -368,7 +373,11 @@ struct ShareSelectionParams {
                           // multiples of 64; the rows are whole 64-row blocks but for the prompt's last
   const void* representatives = nullptr;  // [num_representatives, num_key_blocks, head_dim], compute dtype
   int64_t num_representatives = 0;        // at most kMaxOutliers + 1
-  int64_t num_key_blocks = 0;             // at least all before the last row block
+  int64_t num_samples = 0;                // of these, the first ones; 0: the first one is the mean
+  // The keys of the rows, row for row: [num_rows, head_dim], where there are samples.
+  const void* own_k = nullptr;
+  int64_t own_k_row_stride = 0;  // elements
+  int64_t num_key_blocks = 0;    // at least all before the last row block
   int64_t head_dim = 0;
   float scale = 0;                   // multiplies q k, above 0
   std::span<const float> min_share;  // [num_heads], each in (0, 1]

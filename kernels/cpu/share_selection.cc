@@ -1,12 +1,14 @@
 #include "kernels/cpu/share_selection.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/share_selection_simd.h"
 #include "kernels/cpu/workspace.h"
 #include "kernels/sparse/position_check.h"
+#include "kernels/sparse/share_check.h"
 
 namespace longfill {
 namespace {
@@ -14,21 +16,26 @@ namespace {
 constexpr int64_t kBlocksAtOnce = 8;  // key blocks whose products are kept before their maxima
 constexpr double kLog2E = 1.4426950408889634;
 
-// The mean of one block of keys and its outliers, to planes `plane_stride` floats apart.
+// The mean or samples of one block of keys and its outliers, to planes `plane_stride` floats apart.
 class BlockRepresentatives {
  public:
   BlockRepresentatives(const float* k, int64_t row_stride, int64_t head_dim)
       : k_(k), row_stride_(row_stride), head_dim_(head_dim) {}
 
-  void Write(int64_t num_outliers, int64_t plane_stride, float* out) {
+  void Write(int64_t num_samples, int64_t num_outliers, int64_t plane_stride, float* out) {
     FormMean();
     for (int64_t key = 0; key < kRowBlock; ++key) distance_[key] = SquaredDistance(key);
-    std::copy_n(mean_, head_dim_, out);
-    for (int64_t r = 1; r <= num_outliers; ++r) {
+    if (num_samples == 0) out = std::copy_n(mean_, head_dim_, out) - head_dim_ + plane_stride;
+    const auto write = [&](int64_t key) {
+      std::copy_n(k_ + key * row_stride_, head_dim_, out);
+      out += plane_stride;
+    };
+    for (int64_t i = 0; i < num_samples; ++i) write(SampledKey(num_samples, i));
+    for (int64_t r = 0; r < num_outliers; ++r) {
       const int64_t key =
           std::max_element(distance_, distance_ + kRowBlock) - distance_;  // the first of equals
       distance_[key] = -1;
-      std::copy_n(k_ + key * row_stride_, head_dim_, out + r * plane_stride);
+      write(key);
     }
   }
 
@@ -68,11 +75,8 @@ class BlockRepresentatives {
 absl::Status CheckSelection(const ShareSelectionParams& params) {
   LF_RETURN_IF_ERROR(CheckHeadDim("share selection", params.head_dim));
   LF_RETURN_IF_ERROR(CheckKeepsTogether("share selection", params.positions, kRowBlock, params.num_rows));
-  if (params.num_representatives < 1 || params.num_representatives > kMaxOutliers + 1) {
-    return absl::InvalidArgumentError(absl::StrCat("share selection: num_representatives ",
-                                                   params.num_representatives, " is not in [1, ",
-                                                   kMaxOutliers + 1, "]"));
-  }
+  LF_RETURN_IF_ERROR(CheckReadsRepresentatives("share selection", params.num_representatives,
+                                               params.num_samples, params.own_k));
   const int64_t last = params.positions.Position(params.num_rows - 1) / kRowBlock;
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "num_key_blocks", params.num_key_blocks, last));
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "words_per_row", params.words_per_row, last / 64 + 1));
@@ -97,8 +101,8 @@ absl::Status CheckSelection(const ShareSelectionParams& params) {
 class ShareSelectionTask {
  public:
   static int64_t ScratchBytes(int64_t head_dim, int64_t num_key_blocks, int64_t num_representatives) {
-    const int64_t lines =
-        head_dim + num_key_blocks + kBlocksAtOnce * num_representatives + 3;  // of kTileLanes floats
+    const int64_t lines = head_dim + num_key_blocks + kBlocksAtOnce * num_representatives + kRowBlock +
+                          4;  // of kTileLanes floats
     return lines * kTileLanes * static_cast<int64_t>(sizeof(float)) +
            kBlocksAtOnce * num_representatives * static_cast<int64_t>(sizeof(const float*));
   }
@@ -110,7 +114,9 @@ class ShareSelectionTask {
     row_max_ = products_ + kBlocksAtOnce * params.num_representatives * kTileLanes;
     row_sum_ = row_max_ + kTileLanes;
     threshold_ = row_sum_ + kTileLanes;
-    rows_ = reinterpret_cast<const float**>(threshold_ + kTileLanes);
+    own_sum_ = threshold_ + kTileLanes;
+    own_ = own_sum_ + kTileLanes;
+    rows_ = reinterpret_cast<const float**>(own_ + kRowBlock * kTileLanes);
   }
 
   void Run(int64_t head, int64_t local_block) {
@@ -122,7 +128,9 @@ class ShareSelectionTask {
     std::fill_n(bits, params_.words_per_row, 0);
     Pack(head, first_row, num_rows);
     Score(row_block);
+    if (params_.num_samples > 0) ScoreOwn(first_row, num_rows);
     ExponentiateBlocks(row_max_, row_block, scores_, row_sum_);
+    if (params_.num_samples > 0) AddOwn(num_rows);
     for (int64_t lane = 0; lane < kTileLanes; ++lane) {
       threshold_[lane] =
           lane < num_rows ? params_.min_share[head] * row_sum_[lane] : std::numeric_limits<float>::infinity();
@@ -160,18 +168,49 @@ class ShareSelectionTask {
               representatives + r * plane + (begin + b) * params_.head_dim;
         }
       }
-      ScoreBlocks(packed_, params_.head_dim, rows_, count, params_.num_representatives, products_,
-                  scores_ + begin * kTileLanes, row_max_);
+      BlockRows of_block{.num = params_.num_representatives, .num_samples = params_.num_samples};
+      if (of_block.num_samples > 0) of_block.sample_bonus = SampleBonus(params_.num_samples);
+      ScoreBlocks(packed_, params_.head_dim, rows_, count, of_block, products_, scores_ + begin * kTileLanes,
+                  row_max_);
     }
+  }
+
+  // The keys of the row block itself, those after a row hidden from it.
+  void ScoreOwn(int64_t first_row, int64_t num_rows) {
+    const auto* keys = static_cast<const float*>(params_.own_k) + first_row * params_.own_k_row_stride;
+    std::fill_n(own_sum_, kTileLanes, -std::numeric_limits<float>::infinity());  // maxima, of all keys
+    for (int64_t begin = 0; begin < num_rows; begin += kBlocksAtOnce) {
+      const int64_t count = std::min(kBlocksAtOnce, num_rows - begin);
+      for (int64_t i = 0; i < count; ++i) rows_[i] = keys + (begin + i) * params_.own_k_row_stride;
+      ScoreBlocks(packed_, params_.head_dim, rows_, count, {}, products_, own_ + begin * kTileLanes,
+                  own_sum_);
+    }
+    for (int64_t key = 0; key < num_rows; ++key) {
+      float* const scores = own_ + key * kTileLanes;
+      std::fill_n(scores, key, -std::numeric_limits<float>::infinity());
+      for (int64_t lane = key; lane < kTileLanes; ++lane)
+        row_max_[lane] = std::max(row_max_[lane], scores[lane]);
+    }
+  }
+
+  void AddOwn(int64_t num_rows) {
+    ExponentiateBlocks(row_max_, num_rows, own_, own_sum_);
+    for (int64_t lane = 0; lane < kTileLanes; ++lane) row_sum_[lane] += own_sum_[lane];
+  }
+
+  static float SampleBonus(int64_t num_samples) {  // in units of log2
+    return std::log2(static_cast<float>(kRowBlock) / static_cast<float>(num_samples));
   }
 
   const ShareSelectionParams& params_;
   float* packed_;    // [head_dim, kTileLanes]
   float* scores_;    // [num_key_blocks, kTileLanes]
   float* products_;  // [kBlocksAtOnce * num_representatives, kTileLanes]
-  float* row_max_;   // [kTileLanes] each
+  float* row_max_;   // [kTileLanes] each, as are those up to own_sum_
   float* row_sum_;
   float* threshold_;
+  float* own_sum_;
+  float* own_;          // [kRowBlock, kTileLanes]: scores of the keys of the row block
   const float** rows_;  // [kBlocksAtOnce * num_representatives]
 };
 
@@ -182,12 +221,8 @@ int64_t NumShares(int64_t num_tasks, int num_threads) { return std::min<int64_t>
 absl::Status CpuRepresentatives(const RepresentativesParams& params, ThreadPool& pool) {
   LF_RETURN_IF_ERROR(CheckAtLeast("representatives", "num_heads", params.num_heads, 0));
   LF_RETURN_IF_ERROR(CheckAtLeast("representatives", "num_keys", params.num_keys, 0));
-  LF_RETURN_IF_ERROR(CheckAtLeast("representatives", "num_outliers", params.num_outliers, 0));
   LF_RETURN_IF_ERROR(CheckHeadDim("representatives", params.head_dim));
-  if (params.num_outliers > kMaxOutliers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("representatives: num_outliers ", params.num_outliers, " is above ", kMaxOutliers));
-  }
+  LF_RETURN_IF_ERROR(CheckRepresentatives("representatives", params.num_samples, params.num_outliers));
   const auto* k = static_cast<const float*>(params.k.data);
   auto* out = static_cast<float*>(params.out);
   const int64_t num_blocks = params.num_keys / kRowBlock;
@@ -197,8 +232,9 @@ absl::Status CpuRepresentatives(const RepresentativesParams& params, ThreadPool&
     const int64_t block = task % num_blocks;
     const float* keys = k + head * params.k.head_stride + block * kRowBlock * params.k.row_stride;
     BlockRepresentatives(keys, params.k.row_stride, params.head_dim)
-        .Write(params.num_outliers, plane,
-               out + head * (params.num_outliers + 1) * plane + block * params.head_dim);
+        .Write(params.num_samples, params.num_outliers, plane,
+               out + head * NumRepresentatives(params.num_samples, params.num_outliers) * plane +
+                   block * params.head_dim);
   });
   return absl::OkStatus();
 }

@@ -1,5 +1,7 @@
 #include "kernels/cpu/share_selection_simd.h"
 
+#include <algorithm>
+
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/share_selection_simd.cc"
 #include "hwy/foreach_target.h"
@@ -14,17 +16,22 @@ namespace HWY_NAMESPACE {
 using LaneTag = hn::CappedTag<float, kTileLanes>;
 
 void Score(const float* packed, int64_t head_dim, const float* const* rows, int64_t num_blocks,
-           int64_t num_representatives, float* products, float* scores, float* row_max) {
+           const BlockRows& of_block, float* products, float* scores, float* row_max) {
   const LaneTag d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  ScoreRows(packed, head_dim, rows, num_blocks * num_representatives, products, nullptr);
+  ScoreRows(packed, head_dim, rows, num_blocks * of_block.num, products, nullptr);
+  const auto bonus = hn::Set(d, of_block.sample_bonus);
   for (int64_t lane = 0; lane < kTileLanes; lane += lanes) {
     auto highest = hn::Load(d, row_max + lane);
     for (int64_t b = 0; b < num_blocks; ++b) {
-      const float* of_block = products + b * num_representatives * kTileLanes + lane;
-      auto score = hn::Load(d, of_block);
-      for (int64_t r = 1; r < num_representatives; ++r) {
-        score = hn::Max(score, hn::Load(d, of_block + r * kTileLanes));
+      const float* at = products + b * of_block.num * kTileLanes + lane;
+      auto score = hn::Load(d, at);
+      for (int64_t r = 1; r < of_block.num_samples; ++r) {
+        score = hn::Max(score, hn::Load(d, at + r * kTileLanes));
+      }
+      if (of_block.num_samples > 0) score = hn::Add(score, bonus);
+      for (int64_t r = std::max<int64_t>(1, of_block.num_samples); r < of_block.num; ++r) {
+        score = hn::Max(score, hn::Load(d, at + r * kTileLanes));
       }
       hn::Store(score, d, scores + b * kTileLanes + lane);
       highest = hn::Max(highest, score);
@@ -72,9 +79,8 @@ HWY_EXPORT(Exponentiate);
 HWY_EXPORT(Vote);
 
 void ScoreBlocks(const float* packed, int64_t head_dim, const float* const* rows, int64_t num_blocks,
-                 int64_t num_representatives, float* products, float* scores, float* row_max) {
-  HWY_DYNAMIC_DISPATCH(Score)
-  (packed, head_dim, rows, num_blocks, num_representatives, products, scores, row_max);
+                 const BlockRows& of_block, float* products, float* scores, float* row_max) {
+  HWY_DYNAMIC_DISPATCH(Score)(packed, head_dim, rows, num_blocks, of_block, products, scores, row_max);
 }
 
 void ExponentiateBlocks(const float* row_max, int64_t num_blocks, float* scores, float* row_sum) {

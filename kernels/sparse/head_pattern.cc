@@ -13,7 +13,7 @@ namespace longfill {
 namespace {
 
 constexpr std::string_view kForms =
-    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or block-share:R,TAU";
+    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or block-share:R,TAU[,S]";
 
 // Positions are int32 everywhere, so no budget can mean more.
 constexpr int64_t kMaxBudget = std::numeric_limits<int32_t>::max();
@@ -56,6 +56,11 @@ struct PatternCheck {
   }
   absl::Status operator()(const BlockShare& p) const {
     LF_RETURN_IF_ERROR(CheckBudget("block-share", "outliers", p.outliers, 0, kMaxOutliers));
+    LF_RETURN_IF_ERROR(CheckBudget("block-share", "samples", p.samples, 0, kMaxOutliers - p.outliers));
+    if ((p.samples & (p.samples - 1)) != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("block-share: samples ", p.samples, " is not a power of two"));
+    }
     if (p.min_share >= kLeastShare && p.min_share <= 1) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat("block-share: min_share ", ShortestDecimal(p.min_share),
                                                    " is not in [", ShortestDecimal(kLeastShare), ", 1]"));
@@ -81,12 +86,19 @@ bool ParseDecimal(std::string_view text, double* value) {
   return error == std::errc() && after == text.data() + text.size();
 }
 
-// "R,TAU"
+// "R,TAU" or "R,TAU,S"
 bool ParseBlockShare(std::string_view text, BlockShare* pattern) {
   const size_t comma = text.find(',');
-  return comma != std::string_view::npos &&
-         ParseIntegers(text.substr(0, comma), std::span(&pattern->outliers, 1)) &&
-         ParseDecimal(text.substr(comma + 1), &pattern->min_share);
+  if (comma == std::string_view::npos ||
+      !ParseIntegers(text.substr(0, comma), std::span(&pattern->outliers, 1))) {
+    return false;
+  }
+  text.remove_prefix(comma + 1);
+  const size_t second = text.find(',');
+  if (!ParseDecimal(text.substr(0, second), &pattern->min_share)) return false;
+  // A 0 is not written, so that a pattern has one form.
+  return second == std::string_view::npos ||
+         (ParseIntegers(text.substr(second + 1), std::span(&pattern->samples, 1)) && pattern->samples != 0);
 }
 
 }  // namespace
@@ -137,7 +149,8 @@ std::string ToString(const HeadPattern& pattern) {
     }
     std::string operator()(const BlockSparse& p) const { return absl::StrCat("block-sparse:", p.num_blocks); }
     std::string operator()(const BlockShare& p) const {
-      return absl::StrCat("block-share:", p.outliers, ",", ShortestDecimal(p.min_share));
+      const std::string text = absl::StrCat("block-share:", p.outliers, ",", ShortestDecimal(p.min_share));
+      return p.samples == 0 ? text : absl::StrCat(text, ",", p.samples);
     }
   };
   return std::visit(Writer(), pattern);

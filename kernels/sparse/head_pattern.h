@@ -47,19 +47,34 @@ struct BlockSparse {
 // scores over the blocks that lie wholly before it are their shares. Block 0 and the nearest 4 blocks, the
 // diagonal one included, are forced. Every row votes and nothing is ranked, so lists have any length and
 // questions anywhere in the prompt are served alike.
+//
+// With `samples` (S) shares estimate what part of a row's softmax a block has, so that weight which is spread
+// thinly counts as well. In place of the mean stand S keys of the block, number 64 (i + 1/2) / S of it for i
+// < S; ln(64 / S) is added to the products with them, since each stands for so many keys, and not to those
+// with outliers, which are still the farthest from the mean; and the keys of the row's own block, up to its
+// own, are in its softmax, each by its own product.
 struct BlockShare {
   int64_t outliers = 0;
   double min_share = 0;
+  int64_t samples = 0;  // 0: the mean; else a power of two
   friend bool operator==(const BlockShare&, const BlockShare&) = default;
 };
-inline constexpr int64_t kMaxOutliers = 16;   // a quarter of a block: more is as dear as attention itself
-inline constexpr double kLeastShare = 1e-30;  // min_share is fp32 in kernels
+// Together with samples: more than a quarter of a block is as dear as attention itself.
+inline constexpr int64_t kMaxOutliers = 16;
+inline constexpr double kLeastShare = 1e-30;        // min_share is fp32 in kernels
 inline constexpr int64_t kForcedNearestBlocks = 4;  // of BlockShare
+// Of a key block.
+constexpr int64_t NumRepresentatives(int64_t samples, int64_t outliers) {
+  return (samples == 0 ? 1 : samples) + outliers;
+}
+// The key of a block that is its sample number i.
+constexpr int64_t SampledKey(int64_t samples, int64_t i) { return 64 / samples * i + 32 / samples; }
 
 using HeadPattern = std::variant<Dense, AShape, VerticalSlash, BlockSparse, BlockShare>;
 
 // InvalidArgument naming the field and value: negative budgets, n_local < 1, vertical + slash < 1, num_blocks
-// < 1, outliers above kMaxOutliers, min_share not in [kLeastShare, 1].
+// < 1, outliers and samples above kMaxOutliers, samples that are no power of two, min_share not in
+// [kLeastShare, 1].
 absl::Status Validate(const HeadPattern& pattern);
 
 // What a head with this pattern computes in a layer whose queries see the `window` keys up to their own alone
@@ -68,8 +83,8 @@ absl::Status Validate(const HeadPattern& pattern);
 // pattern the whole window, as AShape{0, window}, which is at least what the pattern selects inside of it.
 HeadPattern BoundByWindow(const HeadPattern& pattern, int64_t window, int64_t num_tokens);
 
-// "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU" (TAU a
-// decimal number); the result has passed Validate.
+// "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU" or
+// "block-share:R,TAU,S" (TAU a decimal number); the result has passed Validate.
 absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text);
 std::string ToString(const HeadPattern& pattern);  // inverse of ParseHeadPattern
 

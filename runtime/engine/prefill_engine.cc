@@ -132,8 +132,9 @@ absl::Status PrefillEngine::Validate(const PrefillRequest& request) const {
     }
   }
   LF_RETURN_IF_ERROR(longfill::Validate(request.recall));
-  if (request.recall.on() && impl_->options.index_replacement != nullptr) {
-    return absl::InvalidArgumentError("recall cannot be watched where indices are replaced");
+  if (request.recall.min_recall > 0 && impl_->options.index_replacement != nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat("min_recall ", request.recall.min_recall,
+                                                   ": no index is widened where indices are replaced"));
   }
   if (request.recall.on() && config.rope.dual_chunk.Splits(num_tokens)) {
     return absl::UnimplementedError(

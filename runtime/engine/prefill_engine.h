@@ -80,7 +80,7 @@ struct PrefillRequest {
   Coverage coverage = Coverage::kTiles;
   std::vector<int64_t> logits_positions;  // in the order asked; empty: the last position
   DType kv_dtype = DType::kFloat32;
-  RecallOptions recall;  // not with EngineOptions::index_replacement
+  RecallOptions recall;  // without min_recall where there is an EngineOptions::index_replacement
 };
 
 struct PrefillProgress {

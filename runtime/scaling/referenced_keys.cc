@@ -45,21 +45,28 @@ std::vector<double> ReferencedShares(const ShardPlan& plan, int sequence_index,
 ReferencedKeys SummarizeReferencedKeys(const ShardPlan& plan, std::span<const PackedIndices> layers,
                                        int64_t num_kv_heads) {
   ReferencedKeys keys{.by_kv_head = std::vector<double>(static_cast<size_t>(num_kv_heads))};
-  const auto samples = static_cast<double>(layers.size() * static_cast<size_t>(plan.mesh().sequence));
+  double samples = 0;  // of each KV head
+  double under_half = 0;
   for (const PackedIndices& layer : layers) {
     const std::vector<IndexView> heads = layer.Views(layer.data());
     for (int s = 0; s < plan.mesh().sequence; ++s) {
+      const int64_t own = plan.GroupNumTokens(s);
+      if (own == 0 || own == plan.num_tokens()) continue;  // nobody asks, or nobody is asked
+      ++samples;
       const std::vector<double> shares = ReferencedShares(plan, s, heads, num_kv_heads);
       for (size_t h = 0; h < shares.size(); ++h) {
-        keys.by_kv_head[h] += shares[h] / samples;
-        keys.mean += shares[h] / (samples * static_cast<double>(num_kv_heads));
+        keys.by_kv_head[h] += shares[h];
         keys.least = std::min(keys.least, shares[h]);
-        if (shares[h] < kSparseExchangeShare) {
-          keys.under_half += 1 / (samples * static_cast<double>(num_kv_heads));
-        }
+        if (shares[h] < kSparseExchangeShare) ++under_half;
       }
     }
   }
+  if (samples == 0) return keys;
+  for (double& share : keys.by_kv_head) {
+    share /= samples;
+    keys.mean += share / static_cast<double>(num_kv_heads);
+  }
+  keys.under_half = under_half / (samples * static_cast<double>(num_kv_heads));
   return keys;
 }
 

@@ -23,7 +23,7 @@ std::vector<double> ReferencedShares(const ShardPlan& plan, int sequence_index,
 // Under this share of a KV head an exchange of its referenced blocks would be worth building.
 inline constexpr double kSparseExchangeShare = 0.5;
 
-// Of all layers and head groups.
+// Of all layers, and of head groups that have rows and do not have all.
 struct ReferencedKeys {
   std::vector<double> by_kv_head;  // [KV heads], the means
   double mean = 0;

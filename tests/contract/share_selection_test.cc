@@ -12,18 +12,22 @@ namespace {
 
 using ::testing::HasSubstr;
 
+bool IsSet(const std::vector<uint64_t>& bits, int64_t n) { return (bits[n / 64] >> (n % 64) & 1) != 0; }
+
 class ShareSelectionTest : public BackendTest {
  protected:
-  // [heads, outliers + 1, keys / 64, dim]
-  Buffer Represent(const std::vector<float>& k, int64_t heads, int64_t keys, int64_t dim, int64_t outliers) {
+  // [heads, NumRepresentatives(samples, outliers), keys / 64, dim]
+  Buffer Represent(const std::vector<float>& k, int64_t heads, int64_t keys, int64_t dim, int64_t outliers,
+                   int64_t samples = 0) {
     const Buffer on_backend = UploadCompute(k);
-    Buffer out = ComputeArray(heads * (outliers + 1) * (keys / kRowBlock) * dim);
+    Buffer out = ComputeArray(heads * NumRepresentatives(samples, outliers) * (keys / kRowBlock) * dim);
     RepresentativesParams params;
     params.k = {on_backend.data(), keys * dim, dim};
     params.num_heads = heads;
     params.num_keys = keys;
     params.head_dim = dim;
     params.num_outliers = outliers;
+    params.num_samples = samples;
     params.out = out.data();
     LF_EXPECT_OK(kernels().Representatives(params, stream()));
     LF_EXPECT_OK(stream().Sync());
@@ -38,11 +42,15 @@ class ShareSelectionTest : public BackendTest {
     int64_t num_key_blocks = 0;
     float scale = 1;
     std::vector<float> min_share;  // of each head
+    int64_t num_samples = 0;
+    std::vector<float> own_k = {};  // [rows, own_k_row_stride], where there are samples
+    int64_t own_k_row_stride = 0;   // 0: dim
   };
   // [heads][row blocks][words]; q [heads, rows, dim]
   using Bits = std::vector<std::vector<std::vector<uint64_t>>>;
   Bits Select(const std::vector<float>& q, const Buffer& representatives, const Case& c) {
     const Buffer on_backend = UploadCompute(q);
+    const Buffer own_k = UploadCompute(c.own_k);
     const auto heads = std::ssize(c.min_share);
     const int64_t row_blocks = RowBlocksOf(c.rows);
     const int64_t words = c.num_key_blocks / 64 + 2;  // more than needed
@@ -54,6 +62,9 @@ class ShareSelectionTest : public BackendTest {
     params.positions = c.positions;
     params.representatives = representatives.data();
     params.num_representatives = c.num_representatives;
+    params.num_samples = c.num_samples;
+    params.own_k = own_k.data();
+    params.own_k_row_stride = c.own_k_row_stride == 0 ? c.dim : c.own_k_row_stride;
     params.num_key_blocks = c.num_key_blocks;
     params.head_dim = c.dim;
     params.scale = c.scale;
@@ -74,12 +85,62 @@ class ShareSelectionTest : public BackendTest {
     return result;
   }
 
+  // Blocks that shares decide, beyond rounding.
+  struct Decisions {
+    int64_t kept = 0, dropped = 0;
+  };
+  // Four query heads of one KV head.
+  void CompareWithOracle(int64_t tokens, int64_t dim, int64_t samples, Decisions* decisions) {
+    const int64_t outliers = tokens % 3 == 0 || samples == 16 ? 0 : tokens % 3 == 1 ? 4 : 7;
+    const int64_t num_representatives = NumRepresentatives(samples, outliers);
+    const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};
+    const auto heads = std::ssize(min_share);
+    const int64_t blocks = tokens / kRowBlock;
+    const std::vector<float> q = Rounded(NormalFloats(heads * tokens * dim, 22));
+    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
+    const Buffer representatives = Represent(k, 1, tokens, dim, outliers, samples);
+    const std::vector<float> planes =
+        DownloadCompute(representatives.data(), num_representatives * blocks * dim);
+    const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
+    const Bits got = Select(q, representatives,
+                            {.rows = tokens,
+                             .dim = dim,
+                             .num_representatives = num_representatives,
+                             .num_key_blocks = blocks,
+                             .scale = scale,
+                             .min_share = min_share,
+                             .num_samples = samples,
+                             .own_k = k});
+    for (int64_t h = 0; h < heads; ++h) {
+      const auto want = oracle::SelectByShare(q.data() + h * tokens * dim, k.data(), tokens, dim,
+                                              {planes.begin(), planes.end()}, num_representatives, samples,
+                                              scale, min_share[h]);
+      for (int64_t m = 0; m < std::ssize(want.blocks); ++m) {
+        for (int64_t n = 0; n < std::ssize(got[h][m]) * 64; ++n) {
+          const bool selected = IsSet(got[h][m], n);
+          const std::string where =
+              testing::PrintToString(std::vector<int64_t>{tokens, dim, samples, h, m, n}) +
+              " tokens, dim, samples, head, row, block";
+          if (n > m) {
+            ASSERT_FALSE(selected) << where;
+          } else if (n == 0 || m - n < kForcedNearestBlocks) {
+            ASSERT_TRUE(selected) << where;
+          } else if (want.shares[m][n] > min_share[h] * (1 + Tolerance())) {
+            ASSERT_TRUE(selected) << where << ", share " << want.shares[m][n];
+            ++decisions->kept;
+          } else if (want.shares[m][n] < min_share[h] * (1 - Tolerance())) {
+            ASSERT_FALSE(selected) << where << ", share " << want.shares[m][n];
+            ++decisions->dropped;
+          }
+        }
+      }
+    }
+  }
+
   // How far fp32 sums of rounded products may move a share, as a part of it.
   double Tolerance() { return on_gpu() ? 2e-3 : 1e-4; }
 };
 LF_INSTANTIATE_BACKENDS(ShareSelectionTest);
-
-bool IsSet(const std::vector<uint64_t>& bits, int64_t n) { return (bits[n / 64] >> (n % 64) & 1) != 0; }
 
 TEST_P(ShareSelectionTest, RepresentativesAreTheMeanAndTheFarthestKeys) {
   for (const int64_t keys : {0, 1, 63, 64, 65, 127, 128, 129, 331}) {
@@ -117,6 +178,32 @@ TEST_P(ShareSelectionTest, RepresentativesAreTheMeanAndTheFarthestKeys) {
   }
 }
 
+TEST_P(ShareSelectionTest, SampledKeysStandInPlaceOfTheMean) {
+  const int64_t keys = 331, dim = 64, heads = 2, blocks = keys / kRowBlock;
+  const std::vector<float> k = Rounded(NormalFloats(heads * keys * dim, 40));
+  const Buffer by_mean = Represent(k, heads, keys, dim, 3);
+  const std::vector<float> with_mean = DownloadCompute(by_mean.data(), heads * 4 * blocks * dim);
+  for (const int64_t samples : {1, 2, 4, 8, 16}) {
+    const int64_t outliers = samples == 16 ? 0 : 3;
+    const int64_t planes = samples + outliers;
+    const Buffer out = Represent(k, heads, keys, dim, outliers, samples);
+    const std::vector<float> got = DownloadCompute(out.data(), heads * planes * blocks * dim);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        for (int64_t b = 0; b < blocks; ++b) {
+          const float* row = got.data() + ((h * planes + plane) * blocks + b) * dim;
+          const int64_t key = b * 64 + 64 / samples * plane + 32 / samples;
+          const float* want = plane < samples
+                                  ? k.data() + (h * keys + key) * dim
+                                  : with_mean.data() + ((h * 4 + 1 + plane - samples) * blocks + b) * dim;
+          EXPECT_TRUE(std::equal(row, row + dim, want))
+              << samples << " samples, head " << h << ", plane " << plane << ", block " << b;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(ShareSelectionTest, OfKeysAtTheSameDistanceTheLowerIsFarther) {
   const int64_t dim = 64, outliers = 16;
   std::vector<float> k(kRowBlock * dim, 0.0F);  // pairs of opposite axes: mean 0, all at distance 2
@@ -129,95 +216,105 @@ TEST_P(ShareSelectionTest, OfKeysAtTheSameDistanceTheLowerIsFarther) {
 }
 
 TEST_P(ShareSelectionTest, AgreesWithTheOracle) {
-  int64_t kept = 0, dropped = 0;
-  for (const int64_t tokens : {1, 63, 64, 65, 127, 128, 129, 1009, 4999}) {
+  Decisions decisions;
+  for (const int64_t tokens : {1, 63, 64, 65, 127, 128, 129, 1009}) {
     for (const int64_t dim : {64, 96, 128, 256}) {
-      if (tokens > 2000 && (dim == 96 || kSanitized)) continue;
-      const int64_t outliers = tokens % 3 == 0 ? 0 : tokens % 3 == 1 ? 4 : 7;
-      const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};  // four query heads of one KV head
-      const auto heads = std::ssize(min_share);
-      const int64_t blocks = tokens / kRowBlock;
-      const std::vector<float> q = Rounded(NormalFloats(heads * tokens * dim, 22));
-      const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
-      const Buffer representatives = Represent(k, 1, tokens, dim, outliers);
-      const std::vector<float> planes =
-          DownloadCompute(representatives.data(), (outliers + 1) * blocks * dim);
-      const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
-      const Bits got = Select(q, representatives,
-                              {.rows = tokens,
-                               .dim = dim,
-                               .num_representatives = outliers + 1,
-                               .num_key_blocks = blocks,
-                               .scale = scale,
-                               .min_share = min_share});
-      for (int64_t h = 0; h < heads; ++h) {
-        const auto want =
-            oracle::SelectByShare(q.data() + h * tokens * dim, tokens, dim, {planes.begin(), planes.end()},
-                                  outliers + 1, scale, min_share[h]);
-        for (int64_t m = 0; m < std::ssize(want.blocks); ++m) {
-          for (int64_t n = 0; n < std::ssize(got[h][m]) * 64; ++n) {
-            const bool selected = IsSet(got[h][m], n);
-            const std::string where = testing::PrintToString(std::vector<int64_t>{tokens, dim, h, m, n}) +
-                                      " tokens, dim, head, row, block";
-            if (n > m) {
-              ASSERT_FALSE(selected) << where;
-            } else if (n == 0 || m - n < kForcedNearestBlocks) {
-              ASSERT_TRUE(selected) << where;
-            } else if (want.shares[m][n] > min_share[h] * (1 + Tolerance())) {
-              ASSERT_TRUE(selected) << where << ", share " << want.shares[m][n];
-              ++kept;
-            } else if (want.shares[m][n] < min_share[h] * (1 - Tolerance())) {
-              ASSERT_FALSE(selected) << where << ", share " << want.shares[m][n];
-              ++dropped;
-            }
-          }
-        }
-      }
+      for (const int64_t samples : {0, 1, 8, 16}) CompareWithOracle(tokens, dim, samples, &decisions);
     }
   }
-  EXPECT_GT(kept, kSanitized ? 200 : 10000);
-  EXPECT_GT(dropped, kSanitized ? 200 : 10000);
+  EXPECT_GT(decisions.kept, 200);
+  EXPECT_GT(decisions.dropped, 200);
+}
+
+TEST_P(ShareSelectionTest, AgreesWithTheOracleOnLongPrompts) {
+  if (kSanitized) GTEST_SKIP() << "takes minutes under a sanitizer";
+  Decisions decisions;
+  for (const int64_t dim : {64, 128, 256}) {
+    for (const int64_t samples : {0, 8}) CompareWithOracle(4999, dim, samples, &decisions);
+  }
+  EXPECT_GT(decisions.kept, 10000);
+  EXPECT_GT(decisions.dropped, 10000);
 }
 
 // The bits of a row block are those of the whole prompt for ranks, chunks and heads of a call.
 TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
-  const int64_t tokens = 2999, dim = 64, outliers = 4, heads = 3, blocks = tokens / kRowBlock;
-  const std::vector<float> q = NormalFloats(heads * tokens * dim, 24, 2.0F);
-  const Buffer representatives = Represent(NormalFloats(tokens * dim, 25), 1, tokens, dim, outliers);
-  Case whole = {.rows = tokens,
-                .dim = dim,
-                .num_representatives = outliers + 1,
-                .num_key_blocks = blocks,
-                .scale = 0.125F,
-                .min_share = {0.05F, 0.1F, 0.2F}};
-  const Bits want = Select(q, representatives, whole);
-  const auto expect_rows = [&](const PositionMap& positions, int64_t rows, int64_t head) {
-    Case part = whole;
-    part.rows = rows;
-    part.positions = positions;
-    part.min_share = {whole.min_share[head]};
-    std::vector<float> own;
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto from = q.begin() + (head * tokens + positions.Position(r)) * dim;
-      own.insert(own.end(), from, from + dim);
+  for (const int64_t samples : {0, 4}) {
+    const int64_t tokens = 2999, dim = 64, outliers = 4, heads = 3, blocks = tokens / kRowBlock;
+    const std::vector<float> q = NormalFloats(heads * tokens * dim, 24, 2.0F);
+    const std::vector<float> k = NormalFloats(tokens * dim, 25);
+    const Buffer representatives = Represent(k, 1, tokens, dim, outliers, samples);
+    Case whole = {.rows = tokens,
+                  .dim = dim,
+                  .num_representatives = NumRepresentatives(samples, outliers),
+                  .num_key_blocks = blocks,
+                  .scale = 0.125F,
+                  .min_share = {0.05F, 0.1F, 0.2F},
+                  .num_samples = samples,
+                  .own_k = k};
+    const Bits want = Select(q, representatives, whole);
+    const auto expect_rows = [&](const PositionMap& positions, int64_t rows, int64_t head) {
+      Case part = whole;
+      part.rows = rows;
+      part.positions = positions;
+      part.min_share = {whole.min_share[head]};
+      std::vector<float> own;
+      part.own_k.clear();
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto from = q.begin() + (head * tokens + positions.Position(r)) * dim;
+        own.insert(own.end(), from, from + dim);
+        const auto key = k.begin() + positions.Position(r) * dim;
+        part.own_k.insert(part.own_k.end(), key, key + dim);
+      }
+      const Bits got = Select(own, representatives, part);
+      for (int64_t m = 0; m < RowBlocksOf(rows); ++m) {
+        const int64_t row_block = positions.Position(m * kRowBlock) / kRowBlock;
+        EXPECT_EQ(got[0][m], want[head][row_block]) << "head " << head << ", row block " << row_block;
+      }
+    };
+    for (const int64_t ranks : {2, 3}) {
+      for (int64_t rank = 0; rank < ranks; ++rank) {
+        const PositionMap positions = {rank * 128, 128, ranks * 128, (ranks - 1 - 2 * rank) * 128};
+        expect_rows(positions, positions.RowsBelow(tokens), rank);
+        const PositionMap later = positions.From(128);
+        expect_rows(later, later.RowsBelow(tokens), rank);
+      }
     }
-    const Bits got = Select(own, representatives, part);
-    for (int64_t m = 0; m < RowBlocksOf(rows); ++m) {
-      const int64_t row_block = positions.Position(m * kRowBlock) / kRowBlock;
-      EXPECT_EQ(got[0][m], want[head][row_block]) << "head " << head << ", row block " << row_block;
+    for (const int64_t begin : {0, 64, 1984}) {
+      for (const int64_t end : {2048, 2999}) expect_rows(PositionMap::Contiguous(begin), end - begin, 1);
     }
+  }
+}
+
+// A row leans on its own block or not, where samples are; which the mean knows nothing of.
+TEST_P(ShareSelectionTest, KeysOfTheOwnBlockTakeTheirShare) {
+  const int64_t tokens = 640, dim = 64, row_block = 9;
+  std::vector<float> q(tokens * dim, 0.0F), k(tokens * dim, 0.0F);
+  for (int64_t row = row_block * 64; row < tokens; ++row) q[row * dim] = k[row * dim] = 4;  // products of 16
+  std::vector<float> apart;  // rows of the keys, each with 8 values behind it that are not its
+  for (int64_t row = 0; row < tokens; ++row) {
+    apart.insert(apart.end(), k.begin() + row * dim, k.begin() + (row + 1) * dim);
+    apart.insert(apart.end(), 8, 100.0F);
+  }
+  const auto keeps_block_2 = [&](int64_t samples, float min_share) {
+    const Buffer representatives = Represent(k, 1, tokens, dim, 0, samples);
+    const Bits bits = Select(q, representatives,
+                             {.rows = tokens,
+                              .dim = dim,
+                              .num_representatives = NumRepresentatives(samples, 0),
+                              .num_key_blocks = tokens / kRowBlock,
+                              .scale = 0.25F,
+                              .min_share = {min_share},
+                              .num_samples = samples,
+                              .own_k = apart,
+                              .own_k_row_stride = dim + 8});
+    return IsSet(bits[0][row_block], 2);
   };
-  for (const int64_t ranks : {2, 3}) {
-    for (int64_t rank = 0; rank < ranks; ++rank) {
-      const PositionMap positions = {rank * 128, 128, ranks * 128, (ranks - 1 - 2 * rank) * 128};
-      expect_rows(positions, positions.RowsBelow(tokens), rank);
-      const PositionMap later = positions.From(128);
-      expect_rows(later, later.RowsBelow(tokens), rank);
-    }
-  }
-  for (const int64_t begin : {0, 64, 1984}) {
-    for (const int64_t end : {2048, 2999}) expect_rows(PositionMap::Contiguous(begin), end - begin, 1);
-  }
+  // Nine blocks before, of which a row gives each a ninth.
+  EXPECT_TRUE(keeps_block_2(0, 0.11F));
+  EXPECT_FALSE(keeps_block_2(0, 0.112F));
+  const double share = 16 / (9 * 16 + std::exp(4.0));  // 4 samples of 16 keys each, of which one counts
+  EXPECT_TRUE(keeps_block_2(4, static_cast<float>(share * 0.99)));
+  EXPECT_FALSE(keeps_block_2(4, static_cast<float>(share * 1.01)));
 }
 
 // A GPU does so many heads, and so many rows, in several launches.
@@ -339,6 +436,15 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
   expect("words_per_row 0", [](ShareSelectionParams& p) { p.words_per_row = 0; });
   expect("num_representatives 0", [](ShareSelectionParams& p) { p.num_representatives = 0; });
   expect("num_representatives 18", [](ShareSelectionParams& p) { p.num_representatives = 18; });
+  expect("num_samples 3", [](ShareSelectionParams& p) { p.num_samples = 3; });
+  expect("num_samples -4", [](ShareSelectionParams& p) { p.num_samples = -4; });
+  expect("num_samples 32", [](ShareSelectionParams& p) { p.num_samples = 32; });
+  expect("num_representatives 17 is not in [8, 16]", [](ShareSelectionParams& p) {
+    p.num_samples = 8;
+    p.num_representatives = 17;
+  });
+  expect("num_representatives 5 is not", [](ShareSelectionParams& p) { p.num_samples = 8; });
+  expect("num_samples 4 without", [](ShareSelectionParams& p) { p.num_samples = 4; });
   expect("scale 0", [](ShareSelectionParams& p) { p.scale = 0; });
   expect("first 32", [](ShareSelectionParams& p) { p.positions = PositionMap::Contiguous(32); });
   expect("block 96", [](ShareSelectionParams& p) { p.positions = {0, 96, 192}; });
@@ -360,6 +466,13 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
   many.num_outliers = 17;
   EXPECT_THAT(kernels().Representatives(many, stream()),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("num_outliers 17")));
+  many.num_outliers = 4;
+  for (const int64_t samples : {-1, 3, 16}) {
+    many.num_samples = samples;
+    EXPECT_THAT(
+        kernels().Representatives(many, stream()),
+        StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(absl::StrCat("num_samples ", samples))));
+  }
 }
 
 class BlockListsTest : public BackendTest {

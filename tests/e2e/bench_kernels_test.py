@@ -140,8 +140,11 @@ class BenchIndex(support.TemporaryDirectoryTest):
 
 class BenchShares(support.TemporaryDirectoryTest):
     def test_every_length_is_timed_and_checked(self):
-        result = run("bench", "shares", "--tokens", "700,3000", "--attention", "block-share:2,0.1", *SHAPE, "--repeat", "2",
-                     "--json")
+        self.check_attention("block-share:2,0.1", 3)
+        self.check_attention("block-share:2,0.03,8", 10)
+
+    def check_attention(self, attention, representatives):
+        result = run("bench", "shares", "--tokens", "700,3000", "--attention", attention, *SHAPE, "--repeat", "2", "--json")
         self.assertEqual(result.returncode, 0, result.stderr)
         short, long = json.loads(result.stdout)["cases"]
         self.assertEqual((short["tokens"], long["tokens"]), (700, 3000))
@@ -149,9 +152,9 @@ class BenchShares(support.TemporaryDirectoryTest):
             self.assertEqual(list(case["step_seconds"]), ["representatives", "selection", "lists"])
             self.assertGreater(case["index_seconds"]["median"], 0)
             self.assertGreater(case["checked_pairs"], 0)
-            # One sweep of two heads: 64 rows by 3 representatives of each block before a row block.
+            # One sweep of two heads: 64 rows by the representatives of each block before a row block.
             blocks = -(-case["tokens"] // 64)
-            flop = 2 * 32 * 64 * 2 * 3 * blocks * (blocks - 1) // 2
+            flop = 2 * 32 * 64 * 2 * representatives * blocks * (blocks - 1) // 2
             self.assertAlmostEqual(case["score_tflops"], 1e-12 * flop / case["step_seconds"]["selection"]["median"], places=9)
         self.assertGreater(short["density"], long["density"])
 

@@ -100,6 +100,19 @@ class Bench(support.TemporaryDirectoryTest):
         ranks = self.report("--patterns", patterns, "--indices", recording, ranks=2)
         self.assertEqual(ranks["runs"][0]["covered_pairs"], replayed["runs"][0]["covered_pairs"])
 
+    def test_recall_is_watched_of_built_and_of_recorded_indices(self):
+        recording = write_recording(self.tmp / "recorded.safetensors")
+        attention = ("--attention", "vertical-slash:100,200")
+        self.assertIsNone(self.report(*attention)["runs"][0]["recall"])
+        for options in ((), ("--indices", recording)):
+            with self.subTest(options=options):
+                recall = self.report(*attention, *options, "--recall-monitor")["runs"][0]["recall"]
+                self.assertTrue(0 < recall["mean"] < 1 and 0 < recall["pair_share"] < 1 and recall["seconds"] > 0, recall)
+                self.assertIn("recall monitor", self.bench(*attention, *options, "--recall-monitor").stdout)
+        refused = self.bench(*attention, "--indices", recording, "--min-recall", "0.9")
+        self.assertEqual((refused.returncode, refused.stdout), (2, ""), refused.stderr)
+        self.assertIn("min_recall 0.9: no index is widened where indices are replaced", refused.stderr)
+
     def count_pairs(self, recording, num_vertical, num_slash):
         tensors = safetensors_io.read(recording)
         return sum(tile_pairs(tensors["vertical"][1][layer % 2, head % 3][:num_vertical],

@@ -55,7 +55,7 @@ def attention(q, k, v, inv_freq, dual_chunk):
 
 
 def install(model):
-    """Gives every layer of a Qwen2 of transformers 4 or 5 this attention, for whole prompts; on the CPU."""
+    """Gives every layer of a Qwen2 of transformers 4.45 or 5 this attention, for whole prompts; on the CPU."""
     dual_chunk = model.config.dual_chunk_attention_config
 
     def forward(layer, hidden_states, past_key_value=None, past_key_values=None, **_):
@@ -65,7 +65,7 @@ def install(model):
         ]
         output, cached = attention(*heads, model.model.rotary_emb.inv_freq, dual_chunk)
         output = layer.o_proj(output.transpose(0, 1).flatten(1))[None]
-        cache = past_key_values if past_key_value is None else past_key_value  # the names of versions 5 and 4
+        cache = past_key_values if past_key_value is None else past_key_value  # the names of 5 and of 4.45
         cache.update(cached[None], heads[2][None], layer.layer_idx)
         return (output, None) if past_key_value is None else (output, None, past_key_value)
 

@@ -3,8 +3,8 @@
 The second answer token is teacher-forced: the first one is appended to the prompt, so that its last two positions predict
 both. KL(dense || sparse) is over these two positions; its bound is the larger of 1.5 times that of the published kernels and
 twice the KL between two dense bfloat16 kernels, ours and torch's, on the same prompts. What the published kernels have is
-measured on the same prompts where --coverage names parity, which covers their pairs, else their published figure (shared
-eval/README.md). Patterns other than vertical-slash must pass what dense passes; their KL is printed.
+measured on the same prompts (coverage parity covers their pairs); without parity in --coverage it is their published figure
+(shared eval/README.md), which from 131,072 tokens on is of other prompts. Patterns other than vertical-slash must pass what dense passes; their KL is printed.
 """
 
 import json
@@ -49,8 +49,8 @@ def check_length(pack, checks, num_tokens, prompts, budgets, two_dense, coverage
     passed = passes(dense, answers)
     count, published = PUBLISHED.get(num_tokens, (None, None))
     checks.info(f"{name}, dense: seconds a prompt", seconds, f"{sum(passed)} of {len(prompts)} passed")
-    if count == len(prompts):
-        checks.at_least(f"{name}, dense: passed, of {count}", sum(passed), published, "published kernels")
+    if count == len(prompts) == published:  # where dense is unsure, other prompts give other counts
+        checks.equal(f"{name}, dense: passed, of {count}", sum(passed), count, "published kernels")
     noise = 0.0
     if two_dense:
         of_torch = torch_dense(pack, prompts)

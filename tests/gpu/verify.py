@@ -52,8 +52,8 @@ def parse_arguments():
     parser.add_argument("--spread", metavar="TOKENS=PROMPTS,...", help="lengths and prompts of the section spread")
     parser.add_argument("--budgets", metavar="V/S,...", default="1000/6096,3500/100,500/700",
                         help="of the section needle; another pattern as NAME:A/B")
-    parser.add_argument("--coverage", metavar="COVERAGE,...", default="tiles",
-                        help="of the sparse runs of the section needle: tiles (default), parity (the published kernels'), or both")
+    parser.add_argument("--coverage", metavar="COVERAGE,...", default="tiles,parity",
+                        help="of the sparse runs of the section needle: tiles, parity (the published kernels'), or both (default)")
     parser.add_argument("--two-dense", metavar="TOKENS,...",
                         help="lengths at which torch's dense attention runs too, for the second bound on KL")
     parser.add_argument("--bench", metavar="CASE,...", help="some cases of the section bench only (section_bench.py)")

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <map>
+#include <mutex>
 #include <string>
 #include <thread>
 
@@ -210,14 +211,17 @@ TEST(EngineDevice, LaunchWithoutMemoryEndsTheRequestOfOneRankAndNoMore) {
 // So that no prompt of a client is the first to load its kernels.
 TEST(EngineDevice, EveryKindOfIndexIsWarmedUp) {
   const auto world = CreateSingleCommunicator();
+  std::mutex mutex;  // K and V are copied out by a thread of their own
   std::map<std::string, int64_t> calls;
   const auto fault = [&](std::string_view kernel) {
+    const std::lock_guard lock(mutex);
     ++calls[std::string(kernel)];
     return absl::OkStatus();
   };
   LF_ASSERT_OK_AND_ASSIGN(const auto engine, PrefillEngine::Create(Options({1, 1}), *world,
                                                                    CreateGuardedBackend({.fault = fault})));
   const int64_t num_layers = engine->config().num_layers;
+  const std::lock_guard lock(mutex);
   EXPECT_EQ(calls["BuildIndex"], 2 * num_layers);  // tiles and parity
   EXPECT_GE(calls["SelectBlocks"], num_layers);    // block-sparse
   EXPECT_GE(calls["SelectByShare"], num_layers);   // block-share

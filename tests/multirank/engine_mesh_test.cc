@@ -21,8 +21,8 @@ constexpr int64_t kTokens = 400;
 // Of bfloat16 on a GPU: rows of a product may round otherwise in another number of rows, and a selection at
 // its cut with them.
 constexpr double kTolerance = 1e-4, kGpuTolerance = 0.041;
-constexpr const char* kAttentions[] = {"dense", "a-shape:7,70", "vertical-slash:40,120", "block-sparse:3",
-                                       "block-share:3,0.1"};
+constexpr const char* kAttentions[] = {"dense",          "a-shape:7,70",      "vertical-slash:40,120",
+                                       "block-sparse:3", "block-share:3,0.1", "block-share:3,0.05,8"};
 
 class EngineMesh : public RankBackendTest {
  protected:

@@ -23,19 +23,21 @@ using testing::HasSubstr;
 constexpr int64_t kLengths[] = {0, 1, 5, 63, 64, 65, 127, 128, 129, 300, 1000, 1337};
 constexpr int64_t kFewLengths[] = {0, 65, 300, 1337};
 
-std::vector<HeadPattern> MixedPatterns(int64_t num_heads) {
+// Of all kinds, from number `first` on.
+std::vector<HeadPattern> MixedPatterns(int64_t num_heads, uint32_t first = 0) {
   const std::vector<HeadPattern> kinds{VerticalSlash{40, 120},
                                        BlockSparse{3},
                                        VerticalSlash{1000, 6096},
                                        BlockShare{4, 0.1},
                                        Dense{},
                                        BlockShare{2, 0.05},
+                                       BlockShare{2, 0.02, 8},
                                        VerticalSlash{0, 5},
                                        BlockShare{2, 0.3},
                                        BlockSparse{100},
                                        AShape{4, 100}};
   std::vector<HeadPattern> patterns;
-  for (int64_t h = 0; h < num_heads; ++h) patterns.push_back(kinds[h % kinds.size()]);
+  for (int64_t h = 0; h < num_heads; ++h) patterns.push_back(kinds[(first + h) % kinds.size()]);
   return patterns;
 }
 
@@ -144,6 +146,31 @@ class DistributedIndex : public RankBackendTest {
       }
     }
   }
+
+  // By the definition in fp64, but for blocks at the cut.
+  void ExpectShares(const Prompt& prompt, int64_t head, const BlockShare& pattern,
+                    const BlockListIndex& voted) {
+    const AttentionGeometry& geometry = prompt.geometry;
+    const int64_t kv_head = head / geometry.q_per_kv();
+    const int64_t stride = prompt.num_tokens * geometry.head_dim;
+    const auto shares =
+        oracle::SelectByShare(prompt.q.data() + head * stride, prompt.k.data() + kv_head * stride,
+                              prompt.num_tokens, geometry.head_dim, geometry.scale, pattern);
+    ASSERT_EQ(voted.row_offsets.size(), shares.blocks.size() + 1);
+    // Representatives are rounded to the compute dtype.
+    const double tolerance = (on_cpu() ? 1e-4 : 2e-2) * pattern.min_share;
+    for (size_t m = 0; m < shares.blocks.size(); ++m) {
+      std::vector<int32_t> differing;
+      std::set_symmetric_difference(voted.key_blocks.begin() + voted.row_offsets[m],
+                                    voted.key_blocks.begin() + voted.row_offsets[m + 1],
+                                    shares.blocks[m].begin(), shares.blocks[m].end(),
+                                    std::back_inserter(differing));
+      for (const int32_t n : differing) {
+        EXPECT_NEAR(shares.shares[m][n], pattern.min_share, tolerance)
+            << ToString(HeadPattern(pattern)) << ", row block " << m;
+      }
+    }
+  }
 };
 
 TEST_P(DistributedIndex, IsTheSameBitForBitOnEveryMesh) {
@@ -153,7 +180,7 @@ TEST_P(DistributedIndex, IsTheSameBitForBitOnEveryMesh) {
     for (const AttentionGeometry& geometry : geometries) {
       const Prompt prompt(geometry, num_tokens, ++seed);
       ExpectSameOnEveryMesh(prompt, seed % 2 == 0 ? Coverage::kTiles : Coverage::kParity,
-                            MixedPatterns(geometry.num_q_heads));
+                            MixedPatterns(geometry.num_q_heads, 3 * seed));
     }
   }
 }
@@ -164,7 +191,24 @@ TEST_P(DistributedIndex, IsTheSameWithLongerDealtBlocks) {
        {std::pair{256, 130}, {256, 1337}, {512, 1025}, {512, 3000}, {1024, 2048}}) {
     Prompt prompt(MakeGeometry(7, 1), num_tokens, ++seed);
     prompt.deal_block = deal_block;
-    ExpectSameOnEveryMesh(prompt, seed % 2 == 0 ? Coverage::kTiles : Coverage::kParity, MixedPatterns(7));
+    ExpectSameOnEveryMesh(prompt, seed % 2 == 0 ? Coverage::kTiles : Coverage::kParity,
+                          MixedPatterns(7, seed % 2 == 0 ? 0 : 5));
+  }
+}
+
+// Neighbours that differ in what represents a block alone, and on each of several KV heads.
+TEST_P(DistributedIndex, SamplesOfEveryKvHeadAreTheSameOnEveryMesh) {
+  const std::vector<HeadPattern> patterns{BlockShare{2, 0.05},    BlockShare{2, 0.03, 8},
+                                          BlockShare{2, 0.03, 4}, BlockShare{2, 0.05, 4},
+                                          BlockShare{0, 0.01, 1}, BlockShare{0, 0.02, 16}};
+  for (const int64_t num_tokens : {65, 700, 1337}) {
+    const Prompt prompt(MakeGeometry(6, 3), num_tokens, 80);
+    ExpectSameOnEveryMesh(prompt, Coverage::kTiles, patterns);
+    LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
+    for (size_t h = 0; h < patterns.size(); ++h) {
+      ExpectShares(prompt, static_cast<int64_t>(h), std::get<BlockShare>(patterns[h]),
+                   std::get<BlockListIndex>(layer.heads[h]));
+    }
   }
 }
 
@@ -199,10 +243,11 @@ void ExpectSameUpToCut(const std::vector<int32_t>& got, const std::vector<int32_
 }
 
 TEST_P(DistributedIndex, AgreesWithTheDefinitionInFp64) {
-  const AttentionGeometry geometry = MakeGeometry(3, 1);
+  const AttentionGeometry geometry = MakeGeometry(4, 1);
   for (const int64_t num_tokens : {1, 65, 300, 1337}) {
     const Prompt prompt(geometry, num_tokens, 77);
-    const std::vector<HeadPattern> patterns{VerticalSlash{90, 150}, BlockSparse{3}, BlockShare{4, 0.1}};
+    const std::vector<HeadPattern> patterns{VerticalSlash{90, 150}, BlockSparse{3}, BlockShare{4, 0.1},
+                                            BlockShare{4, 0.03, 8}};
     LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
     const auto expected =
         oracle::SelectVerticalSlash(prompt.q.data(), prompt.k.data(), num_tokens, geometry.head_dim,
@@ -220,19 +265,9 @@ TEST_P(DistributedIndex, AgreesWithTheDefinitionInFp64) {
                                       lists.key_blocks.begin() + lists.row_offsets[m + 1]);
       ExpectSameUpToCut(list, blocks.blocks[m], blocks.scores[m], 1e-4);
     }
-    const auto shares = oracle::SelectByShare(prompt.q.data() + 2 * num_tokens * geometry.head_dim,
-                                              prompt.k.data(), num_tokens, geometry.head_dim, geometry.scale,
-                                              std::get<BlockShare>(patterns[2]));
-    const auto& voted = std::get<BlockListIndex>(layer.heads[2]);
-    ASSERT_EQ(voted.row_offsets.size(), shares.blocks.size() + 1);
-    for (size_t m = 0; m < shares.blocks.size(); ++m) {
-      std::vector<int32_t> differing;
-      std::set_symmetric_difference(voted.key_blocks.begin() + voted.row_offsets[m],
-                                    voted.key_blocks.begin() + voted.row_offsets[m + 1],
-                                    shares.blocks[m].begin(), shares.blocks[m].end(),
-                                    std::back_inserter(differing));
-      // Representatives are rounded to the compute dtype.
-      for (const int32_t n : differing) EXPECT_NEAR(shares.shares[m][n], 0.1, on_cpu() ? 1e-5 : 2e-3);
+    for (const size_t head : {2, 3}) {
+      ExpectShares(prompt, static_cast<int64_t>(head), std::get<BlockShare>(patterns[head]),
+                   std::get<BlockListIndex>(layer.heads[head]));
     }
   }
 }
@@ -319,6 +354,7 @@ TEST_P(DistributedIndex, OneBuilderServesLayersThatDiffer) {
                                              {Dense{}, AShape{5, 70}},
                                              {VerticalSlash{40, 60}, BlockSparse{2}},
                                              {BlockShare{3, 0.1}, BlockShare{5, 0.2}},
+                                             {BlockShare{3, 0.1, 8}, BlockShare{5, 0.2}},
                                              {BlockSparse{2}, BlockShare{5, 0.2}},
                                              {Dense{}, AShape{5, 70}}};
   for (const int64_t num_tokens : {300, 0, 700}) {
@@ -371,7 +407,7 @@ TEST_P(DistributedIndex, BlockShareInPartsIsTheSameOnEveryMesh) {
   if (GetParam() != "cpu") GTEST_SKIP() << "the cpu's is the same code, and faster";
   if (kSanitized) GTEST_SKIP() << "so long a prompt takes minutes with a sanitizer";
   const Prompt prompt(MakeGeometry(1, 1, 8), 530'001, 10);
-  const std::vector<HeadPattern> patterns{BlockShare{0, 0.01}};
+  const std::vector<HeadPattern> patterns{BlockShare{0, 0.01, 1}};
   LF_ASSERT_OK_AND_ASSIGN(const HostLayer expected, BuildAlone(prompt, Coverage::kTiles, patterns));
   EXPECT_GT(expected.pairs[0].covered, 5 * kRowBlock * prompt.num_tokens) << "only forced blocks";
   const Mesh mesh{SizeOfOneRun(), 1};

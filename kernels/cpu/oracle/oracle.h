@@ -96,10 +96,11 @@ struct ShareSelection {
   std::vector<std::vector<double>> shares;
   std::vector<std::vector<int32_t>> blocks;  // [num_row_blocks]: selected, ascending
 };
-// One head; q [num_tokens, head_dim], representatives [num_representatives, num_tokens / 64, head_dim].
-ShareSelection SelectByShare(const float* q, int64_t num_tokens, int64_t head_dim,
+// One head; q and k [num_tokens, head_dim], representatives [num_representatives, num_tokens / 64, head_dim].
+// The first `num_samples` are samples; k is read only if there are any.
+ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
                              const std::vector<double>& representatives, int64_t num_representatives,
-                             double scale, double min_share);
+                             int64_t num_samples, double scale, double min_share);
 // The same from the keys.
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
                              double scale, const BlockShare& pattern);

@@ -3,6 +3,7 @@
 #include "kernels/cuda/index/representatives.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/sparse/share_check.h"
 
 namespace longfill {
 namespace {
@@ -96,18 +97,23 @@ __global__ __launch_bounds__(kThreads) void RepresentativesKernel(
     distances[thread] = sum;
   }
   __syncthreads();
+  const int num_samples = static_cast<int>(params.num_samples);
   const int num_outliers = static_cast<int>(params.num_outliers);
+  const int num_planes = static_cast<int>(NumRepresentatives(num_samples, num_outliers));
   if (thread < 32) PickOutliers(distances, num_outliers, outliers);
   __syncthreads();
 
   Element* const out =
-      static_cast<Element*>(params.out) + (head * (num_outliers + 1) * num_blocks + block) * params.head_dim;
-  for (int i = thread; i < (num_outliers + 1) * lanes; i += kThreads) {
+      static_cast<Element*>(params.out) + (head * num_planes * num_blocks + block) * params.head_dim;
+  for (int i = thread; i < num_planes * lanes; i += kThreads) {
     const int plane = i / lanes;
     const int place = i % lanes;
+    const int outlier = plane - (num_planes - num_outliers);  // below 0: a sample, or the mean
     float values[kPacked];
-    if (plane > 0) {
-      load(outliers[plane - 1], place, values);
+    if (outlier >= 0) {
+      load(outliers[outlier], place, values);
+    } else if (num_samples > 0) {
+      load(static_cast<int>(SampledKey(num_samples, plane)), place, values);
     } else {
 #pragma unroll
       for (int j = 0; j < kPacked; ++j) values[j] = mean[place * kPacked + j];
@@ -123,11 +129,7 @@ absl::Status CudaRepresentatives(const RepresentativesParams& params, DType comp
                                  cudaStream_t stream) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast("representatives", "num_heads", params.num_heads, 0));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast("representatives", "num_keys", params.num_keys, 0));
-  LF_RETURN_IF_ERROR(cuda::CheckAtLeast("representatives", "num_outliers", params.num_outliers, 0));
-  if (params.num_outliers > kMaxOutliers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("representatives: num_outliers ", params.num_outliers, " is above ", kMaxOutliers));
-  }
+  LF_RETURN_IF_ERROR(CheckRepresentatives("representatives", params.num_samples, params.num_outliers));
   if (params.head_dim < kPacked || params.head_dim > kThreads || params.head_dim % kPacked != 0) {
     return absl::UnimplementedError(absl::StrCat("representatives: no variant for head_dim ", params.head_dim,
                                                  ", only for multiples of ", kPacked, " up to ", kThreads));

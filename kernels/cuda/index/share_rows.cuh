@@ -81,15 +81,24 @@ class ShareRows {
       }
     }
   }
-  // Matrices 0 and 1 are the two halves of 16 dims of 8 blocks, 2 and 3 the same of the next 8 blocks.
-  __device__ __forceinline__ void Score(const char* stage) {
+  // `bonus` is added to the products. Matrices 0 and 1 are the two halves of 16 dims of 8 blocks, 2 and 3 the
+  // same of the next 8 blocks.
+  __device__ __forceinline__ void Score(const char* stage, float bonus) {
     const int row = lane_ % 8;
     const uint32_t address =
         SharedAddress(stage) + static_cast<uint32_t>((row + 8 * (lane_ / 16)) * Shape::kRowBytes);
     const int place = Swizzle<kHeadDim>(row, lane_ / 8 % 2);
 #pragma unroll
     for (int first = 0; first < kBlockTiles; first += kTilesAtOnce) {
-      float products[kRowTiles][kTilesAtOnce][4] = {};
+      float products[kRowTiles][kTilesAtOnce][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int n = 0; n < kTilesAtOnce; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) products[i][n][e] = bonus;
+        }
+      }
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -126,6 +135,21 @@ class ShareRows {
         if (8 * n + 2 * (lane_ % 4) + e % 2 < num_visible) continue;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) scores_[i][n][e] = -INFINITY;
+      }
+    }
+  }
+
+  // For the keys of the row block in place of blocks: hides those after each row.
+  __device__ __forceinline__ void MaskLater() {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kBlockTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = (first_row_ + 16 * i + 8 * (e / 2) + lane_ / 4) % int{kRowBlock};
+          if (8 * n + 2 * (lane_ % 4) + e % 2 > row) scores_[i][n][e] = -INFINITY;
+        }
       }
     }
   }

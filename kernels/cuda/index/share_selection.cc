@@ -8,6 +8,7 @@
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/index/share_selection_args.h"
 #include "kernels/sparse/position_check.h"
+#include "kernels/sparse/share_check.h"
 
 namespace longfill {
 namespace {
@@ -55,10 +56,12 @@ absl::Status Check(const ShareSelectionParams& params) {
         absl::StrCat(kOperation, ": rows must be aligned to 16 bytes, the row stride is ",
                      params.q.row_stride, ", the head stride ", params.q.head_stride));
   }
-  if (params.num_representatives < 1 || params.num_representatives > kMaxOutliers + 1) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": num_representatives ",
-                                                   params.num_representatives, " is not in [1, ",
-                                                   kMaxOutliers + 1, "]"));
+  LF_RETURN_IF_ERROR(
+      CheckReadsRepresentatives(kOperation, params.num_representatives, params.num_samples, params.own_k));
+  if (params.num_samples > 0 && !cuda::AlignedTo16(params.own_k, 2 * params.own_k_row_stride)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(kOperation, ": keys of the rows must be aligned to 16 bytes, the row stride is ",
+                     params.own_k_row_stride));
   }
   if (!(params.scale > 0)) {
     return absl::InvalidArgumentError(absl::StrCat(kOperation, ": scale ", params.scale, " is not above 0"));
@@ -97,6 +100,13 @@ absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute
     args.representatives = params.representatives;
     args.plane_stride = params.num_key_blocks * params.head_dim;
     args.num_representatives = static_cast<int32_t>(params.num_representatives);
+    args.num_samples = static_cast<int32_t>(params.num_samples);
+    if (params.num_samples > 0) {
+      const double weight = static_cast<double>(kRowBlock) / static_cast<double>(params.num_samples);
+      args.sample_bonus = static_cast<float>(std::log(weight) / params.scale);
+      args.own_k = params.own_k;
+      args.own_k_row_stride = params.own_k_row_stride;
+    }
     args.num_heads = static_cast<int32_t>(std::min<int64_t>(kMaxShareHeads, params.num_heads - head));
     args.num_rows = params.num_rows;
     args.positions = params.positions;

@@ -54,6 +54,7 @@ class Tile {
 
   __device__ __forceinline__ void Run() {
     LoadQueries();
+    if (args_.num_samples > 0) TakeOwnKeys();
     MarkCandidates();
     ClearOthers();
     SetForcedBlocks();
@@ -97,6 +98,31 @@ class Tile {
     __syncthreads();  // before stages are written
   }
 
+  // The keys of each row block itself, into the sums of its rows.
+  __device__ __forceinline__ void TakeOwnKeys() {
+    const int64_t row_bytes = 2 * args_.own_k_row_stride;
+    const char* k = static_cast<const char*>(args_.own_k) + first_row_ * row_bytes;
+    for (int row_block = 0; row_block < kRowBlocks; ++row_block) {
+      CopyRows<Shape, kChunkBlocks>(shared_.stages[0], [&](int i) {
+        const int row = row_block * int{kRowBlock} + i;
+        const bool exists = row < num_rows_;
+        return RowSource{k + (exists ? row : 0) * row_bytes, exists};
+      });
+      WaitForCopies();
+      __syncthreads();
+      if (warp_ / Shape::kWarpsOfRowBlock == row_block) {
+        rows_.Clear();
+        rows_.Score(shared_.stages[0], 0);
+        rows_.MaskLater();
+        rows_.Accumulate();
+      }
+      __syncthreads();  // before the stage is written
+    }
+  }
+  __device__ __forceinline__ float Bonus(int r) const {
+    return r < args_.num_samples ? args_.sample_bonus : 0;
+  }
+
   // Starts to copy representative r of 64 blocks; block_of(i) is the i-th of them, or negative.
   template <typename BlockOf>
   __device__ __forceinline__ void LoadStage(int stage, int r, const BlockOf& block_of) {
@@ -133,7 +159,7 @@ class Tile {
         } else if (chunk > 0) {
           load(stage ^ 1, chunk - 1, 0);
         }
-        rows_.Score(shared_.stages[stage]);
+        rows_.Score(shared_.stages[stage], Bonus(r));
         stage ^= 1;
       }
       const int32_t num_visible = blocks_before - chunk * kChunkBlocks;  // the same for all rows of a warp
@@ -181,7 +207,7 @@ class Tile {
       WaitForCopies();
       __syncthreads();  // the stage is here, the other one has been read
       if (r + 1 < args_.num_representatives) load((r + 1) % 2, r + 1);
-      rows_.Score(shared_.stages[r % 2]);
+      rows_.Score(shared_.stages[r % 2], Bonus(r));
     }
     // Blocks that this warp's rows do not see may get votes; their bits are not set, so nothing clears them.
     const uint64_t votes = rows_.Votes(0);

@@ -19,8 +19,12 @@ struct ShareSelectionArgs {
   const void* representatives = nullptr;        // [num_representatives, plane_stride / head_dim, head_dim]
   int64_t plane_stride = 0;                     // elements
   int32_t num_representatives = 0;
-  int32_t num_heads = 0;  // of the launch
-  int64_t num_rows = 0;   // of a head
+  int32_t num_samples = 0;       // the first of them; 0: none
+  float sample_bonus = 0;        // added to products with samples: ln(64 / num_samples) / scale
+  const void* own_k = nullptr;   // the key of each row, where there are samples
+  int64_t own_k_row_stride = 0;  // elements
+  int32_t num_heads = 0;         // of the launch
+  int64_t num_rows = 0;          // of a head
   PositionMap positions;
   float scale_log2 = 0;  // scale / ln 2
   uint64_t* bits = nullptr;

@@ -16,7 +16,8 @@ namespace longfill {
 namespace {
 
 constexpr int64_t kRows = 40, kWidth = 256, kHeads = 4, kHeadDim = 64;
-constexpr int64_t kTokens = 512, kKvHeads = 2, kCapacity = 256, kWords = kTokens / 64, kOutliers = 4;
+constexpr int64_t kTokens = 512, kKvHeads = 2, kCapacity = 256, kWords = kTokens / 64, kOutliers = 4,
+                  kSamples = 8;
 
 class GraphCaptureTest : public ::testing::Test {
  protected:
@@ -168,18 +169,19 @@ class LayerGraphTest : public GraphCaptureTest {
     runs_ = Array(kHeads * kCapacity * static_cast<int64_t>(sizeof(DistanceRun)));
     counts_ = Array(kHeads * static_cast<int64_t>(sizeof(IndexCounts)));
     pairs_ = Array(kHeads * static_cast<int64_t>(sizeof(PairCounts)));
-    representatives_ = Array((kOutliers + 1) * kWords * kHeadDim * 2);
+    representatives_ = Array(NumRepresentatives(kSamples, kOutliers) * kWords * kHeadDim * 2);
     row_offsets_ = Array(kHeads * (kWords + 1) * 8);
     key_blocks_ = Array(kHeads * kWords * (kWords + 1) / 2 * 4);
     num_entries_ = Array(8);
     bounds_ = {.num_q_heads = kHeads, .num_q_rows = kTokens, .head_dim = kHeadDim};
-    workspace_ = Array(std::max({kernels().LastQueryWorkspaceBytes(kHeads, kTokens, kHeadDim),
-                                 kernels().BuildIndexWorkspaceBytes(kHeads, kWords),
-                                 kernels().CountPairsWorkspaceBytes(kHeads, kTokens),
-                                 kernels().ShareSelectionWorkspaceBytes(
-                                     {kHeads / kKvHeads, kTokens, kOutliers + 1, kWords, kHeadDim}),
-                                 kernels().BuildBlockListsWorkspaceBytes(kHeads / kKvHeads, kWords),
-                                 kernels().AttentionWorkspaceBytes(bounds_)}));
+    workspace_ = Array(std::max(
+        {kernels().LastQueryWorkspaceBytes(kHeads, kTokens, kHeadDim),
+         kernels().BuildIndexWorkspaceBytes(kHeads, kWords),
+         kernels().CountPairsWorkspaceBytes(kHeads, kTokens),
+         kernels().ShareSelectionWorkspaceBytes(
+             {kHeads / kKvHeads, kTokens, NumRepresentatives(kSamples, kOutliers), kWords, kHeadDim}),
+         kernels().BuildBlockListsWorkspaceBytes(kHeads / kKvHeads, kWords),
+         kernels().AttentionWorkspaceBytes(bounds_)}));
   }
 
   Workspace workspace() { return {workspace_.data(), workspace_.size_bytes()}; }
@@ -307,6 +309,7 @@ absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
          .num_keys = kTokens,
          .head_dim = kHeadDim,
          .num_outliers = kOutliers,
+         .num_samples = kSamples,
          .out = representatives_.data()},
         stream()));
     const std::vector<float> min_share = {0.1F, 0.3F};
@@ -316,7 +319,10 @@ absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
                                  .num_heads = kGroup,
                                  .num_rows = kTokens,
                                  .representatives = representatives_.data(),
-                                 .num_representatives = kOutliers + 1,
+                                 .num_representatives = NumRepresentatives(kSamples, kOutliers),
+                                 .num_samples = kSamples,
+                                 .own_k = Advance(k_.data(), kv_head * kTokens * kHeadDim, DType::kBFloat16),
+                                 .own_k_row_stride = kHeadDim,
                                  .num_key_blocks = kWords,
                                  .head_dim = kHeadDim,
                                  .scale = 0.125F,

@@ -34,6 +34,7 @@ TEST(WidenedPattern, MultipliesBudgets) {
   EXPECT_EQ(WidenedPattern(AShape{128, 1024}, 4, 0, kTokens), HeadPattern(AShape{128, 4096}));
   EXPECT_EQ(WidenedPattern(BlockSparse{100}, 4, 0, kTokens), HeadPattern(BlockSparse{400}));
   EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25}, 2, 0, kTokens), HeadPattern(BlockShare{4, 0.125}));
+  EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25, 8}, 2, 0, kTokens), HeadPattern(BlockShare{4, 0.125, 8}));
   EXPECT_EQ(WidenedPattern(Dense{}, 2, 0, kTokens), HeadPattern(Dense{}));
 }
 

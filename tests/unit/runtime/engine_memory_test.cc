@@ -224,7 +224,7 @@ void ExpectPeakIsThePlan(const EngineOptions& options, const ModelConfig& config
   const auto world = CreateSingleCommunicator();
   LF_ASSERT_OK_AND_ASSIGN(const auto engine, PrefillEngine::Create(options, *world));
   for (const char* attention : {"dense", "a-shape:7,70", "vertical-slash:1000,6096", "block-sparse:3",
-                                "block-share:3,0.1", kMixedPatterns}) {
+                                "block-share:3,0.1", "block-share:8,0.1,8", kMixedPatterns}) {
     for (const int64_t num_tokens : {1, 64, 129, 3001}) {
       SCOPED_TRACE(absl::StrCat(num_tokens, " tokens, ", attention));
       PrefillRequest request;

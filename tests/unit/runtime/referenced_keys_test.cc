@@ -62,6 +62,9 @@ TEST(ReferencedKeysTest, OfAPromptThatOneRankHolds) {
   const ShardPlan plan({.sequence = 2, .head = 1}, 100, kTokenBlock);
   EXPECT_THAT(ReferencedShares(plan, 0, heads, 2), ElementsAre(0, 0));  // the other holds nothing
   EXPECT_THAT(ReferencedShares(plan, 1, heads, 2), ElementsAre(0, 0));  // has no rows
+  const ReferencedKeys keys = SummarizeReferencedKeys(plan, std::vector<PackedIndices>{Heads()}, 2);
+  EXPECT_EQ(keys.under_half, 0);
+  EXPECT_EQ(keys.least, 1);
 }
 
 }  // namespace

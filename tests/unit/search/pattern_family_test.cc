@@ -14,6 +14,7 @@ TEST(PatternFamily, ScaleMultipliesBudgetsAndDividesTheShare) {
   EXPECT_EQ(ScalePattern(AShape{128, 1024}, 2), HeadPattern(AShape{256, 2048}));
   EXPECT_EQ(ScalePattern(BlockSparse{100}, 0.25), HeadPattern(BlockSparse{25}));
   EXPECT_EQ(ScalePattern(BlockShare{4, 0.1}, 2), HeadPattern(BlockShare{4, 0.05}));
+  EXPECT_EQ(ScalePattern(BlockShare{4, 0.1, 8}, 2), HeadPattern(BlockShare{4, 0.05, 8}));
   EXPECT_EQ(ScalePattern(Dense(), 0.1), HeadPattern(Dense()));
 }
 

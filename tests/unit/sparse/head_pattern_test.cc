@@ -22,6 +22,9 @@ TEST(ParseHeadPattern, ReadsEveryFormAndWritesItBack) {
       {"block-share:4,0.2", BlockShare{4, 0.2}},
       {"block-share:0,1", BlockShare{0, 1}},
       {"block-share:16,1e-05", BlockShare{16, 1e-5}},
+      {"block-share:4,0.01,8", BlockShare{4, 0.01, 8}},
+      {"block-share:0,0.5,16", BlockShare{0, 0.5, 16}},
+      {"block-share:15,0.5,1", BlockShare{15, 0.5, 1}},
   };
   for (const auto& [text, pattern] : cases) {
     LF_ASSERT_OK_AND_ASSIGN(const HeadPattern parsed, ParseHeadPattern(text));
@@ -55,7 +58,11 @@ TEST(ParseHeadPattern, RefusesWhatIsNotExactlyAForm) {
                            "block-share:4,",
                            "block-share:,0.2",
                            "block-share:4.0,0.2",
-                           "block-share:4,0.2,1",
+                           "block-share:4,0.2,",
+                           "block-share:4,0.2,0",
+                           "block-share:4,0.2,1.5",
+                           "block-share:4,0.2,8,1",
+                           "block-share:4,8,0.2",
                            "block-share:4, 0.2",
                            "block-share:4,0.2x",
                            "block-share:4,1e-999",
@@ -78,6 +85,9 @@ TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
       {"block-sparse:-9223372036854775808", "num_blocks -9223372036854775808"},
       {"block-share:-1,0.2", "outliers -1 is not in [0, 16]"},
       {"block-share:17,0.2", "outliers 17"},
+      {"block-share:4,0.2,16", "samples 16 is not in [0, 12]"},
+      {"block-share:4,0.2,-8", "samples -8"},
+      {"block-share:4,0.2,6", "samples 6 is not a power of two"},
       {"block-share:4,0", "min_share 0 is not in [1e-30, 1]"},
       {"block-share:4,1e-50", "min_share 1e-50"},
       {"block-share:4,-0.2", "min_share -0.2"},
@@ -93,10 +103,14 @@ TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
 
 TEST(ParseHeadPattern, SurvivesMutatedText) {
   std::mt19937 random(3);
-  const std::string seeds[] = {"dense", "a-shape:1024,4096", "vertical-slash:1000,6096", "block-sparse:100",
-                               "block-share:4,0.2"};
+  const std::string seeds[] = {"dense",
+                               "a-shape:1024,4096",
+                               "vertical-slash:1000,6096",
+                               "block-sparse:100",
+                               "block-share:4,0.2",
+                               "block-share:4,0.01,8"};
   for (int i = 0; i < 50000; ++i) {
-    std::string text = seeds[random() % 5];
+    std::string text = seeds[random() % std::size(seeds)];
     for (uint32_t edits = random() % 4; edits > 0 && !text.empty(); --edits) {
       const size_t at = random() % text.size();
       switch (random() % 3) {

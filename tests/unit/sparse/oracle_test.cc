@@ -118,6 +118,24 @@ TEST(Oracle, BlocksAreKeptForTheShareThatARowGivesThem) {
   EXPECT_EQ(by_mean.blocks[6], (std::vector<int32_t>{0, 3, 4, 5, 6}));
 }
 
+TEST(Oracle, SampledKeysStandForTheirNeighboursAndOwnKeysForThemselves) {
+  const int64_t n = 6 * 64 + 1;
+  const std::vector<float> q(n, 1);
+  std::vector<float> k(n, 0);
+  k[100] = 4;  // key 36 of block 1: the fifth of 8 samples, between two of 16
+  const double key = std::exp(4);
+  const auto shares = [&](int64_t outliers, int64_t samples) {
+    return SelectByShare(q.data(), k.data(), n, 1, 1, {outliers, 0.15, samples}).shares;
+  };
+  EXPECT_NEAR(shares(0, 16)[6][1], 4 / (6 * 4 + 1.0), 1e-12);  // row 384 has one key of its own
+  EXPECT_NEAR(shares(0, 16)[5][1], 4 / (5 * 4 + 1.0), 1e-12);  // as the first row of each block
+  EXPECT_NEAR(shares(1, 16)[6][1], key / (key + 5 * 4 + 1), 1e-12);
+  EXPECT_NEAR(shares(0, 8)[6][1], 8 * key / (8 * key + 5 * 8 + 1), 1e-12);
+  EXPECT_NEAR(shares(1, 8)[6][2], 8 / (8 * key + 5 * 8 + 1), 1e-12);
+  k[320] = 10;  // the first own key of every row of block 5
+  EXPECT_NEAR(shares(0, 16)[5][1], 4 / (5 * 4 + std::exp(10)), 1e-12);
+}
+
 TEST(Oracle, AttentionIsTheMeanOfTheCoveredValuesForEqualScores) {
   const std::vector<float> q(2 * 3, 0);    // 2 query heads, 3 queries, head_dim 1
   const std::vector<float> k = {5, 6, 7};  // 1 KV head
