@@ -141,7 +141,7 @@ class BenchIndex(support.TemporaryDirectoryTest):
 class BenchShares(support.TemporaryDirectoryTest):
     def test_every_length_is_timed_and_checked(self):
         self.check_attention("block-share:2,0.1", 3)
-        self.check_attention("block-share:2,0.03,8", 10)
+        self.check_attention("block-share:2,0.2,8", 10)
 
     def check_attention(self, attention, representatives):
         result = run("bench", "shares", "--tokens", "700,3000", "--attention", attention, *SHAPE, "--repeat", "2", "--json")
