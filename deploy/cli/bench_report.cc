@@ -43,16 +43,7 @@ Json ToJson(const FloorFigures& floor, const CardRates& rates) {
           {"other_seconds", floor.other_seconds},   {"copy_seconds", floor.copy_seconds}};
 }
 
-// Null where nobody watched.
-Json RecallJson(const RecallFigures& recall) {
-  if (recall.rows == 0) return {};
-  return {{"seconds", recall.seconds},
-          {"pair_share", recall.pair_share},
-          {"mean", recall.mean},
-          {"recomputed", recall.recomputed}};
-}
-
-Json ToJson(const BenchReport& report, const BenchRun& run) {
+Json RunJson(const BenchReport& report, const BenchRun& run) {
   const PrefillFigures& figures = run.figures;
   const auto layers = static_cast<double>(report.config.num_layers);
   return {{"kv", run.kv_copied ? "discard" : "none"},
@@ -63,7 +54,7 @@ Json ToJson(const BenchReport& report, const BenchRun& run) {
           {"attention_seconds", figures.attention_seconds},
           {"gemm_seconds", figures.gemm_seconds},
           {"other_seconds", figures.other_seconds},
-          {"recall", RecallJson(figures.recall)},
+          {"recall", figures.recall.rows > 0 ? ToJson(figures.recall) : Json()},  // null: nobody watched
           {"communication_seconds", figures.communication_seconds},
           {"exposed_communication_seconds", figures.exposed_communication_seconds},
           {"communicator", figures.communicator},
@@ -189,7 +180,7 @@ double BenchReport::Slowdown(double PrefillFigures::*part) const {
 
 std::string BenchReport::ToJson() const {
   Json list = Json::array();
-  for (const BenchRun& run : runs) list.push_back(longfill::ToJson(*this, run));
+  for (const BenchRun& run : runs) list.push_back(RunJson(*this, run));
   const PrefillFigures& first = runs.front().figures;
   Json json = {{"geometry", geometry},
                {"tokens", num_tokens},

@@ -247,6 +247,10 @@ class SharesBench {
   // That a row gives each of the first `num_blocks` key blocks, by the definition (head_pattern.h).
   std::vector<double> LargestShares(const RowsOfBlock& rows, int64_t num_blocks,
                                     const std::vector<float>& representatives) const {
+    const double sample_bonus =
+        pattern_.samples == 0
+            ? 0
+            : std::log(static_cast<double>(kRowBlock) / static_cast<double>(pattern_.samples));
     std::vector<double> largest(static_cast<size_t>(num_blocks), 0);
     for (int64_t row = 0; row < rows.num_rows; ++row) {
       const float* q = rows.q.data() + row * dim();
@@ -254,10 +258,7 @@ class SharesBench {
       for (int64_t b = 0; b < num_blocks; ++b) {
         for (int64_t r = 0; r < num_representatives(); ++r) {
           const float* representative = representatives.data() + (r * num_key_blocks_ + b) * dim();
-          const double bonus =
-              r < pattern_.samples
-                  ? std::log(static_cast<double>(kRowBlock) / static_cast<double>(pattern_.samples))
-                  : 0;
+          const double bonus = r < pattern_.samples ? sample_bonus : 0;
           scores[b] = std::max(scores[b], scale_ * Dot<double>(q, representative, dim()) + bonus);
         }
       }

@@ -40,6 +40,8 @@ nlohmann::ordered_json ToJson(const LayerRecall& layer) {
   return json;
 }
 
+}  // namespace
+
 nlohmann::ordered_json ToJson(const RecallFigures& recall) {
   nlohmann::ordered_json json = {{"rows", recall.rows},
                                  {"min_recall", recall.min_recall},
@@ -54,6 +56,8 @@ nlohmann::ordered_json ToJson(const RecallFigures& recall) {
   for (const LayerRecall& layer : recall.layers) json["layers"].push_back(ToJson(layer));
   return json;
 }
+
+namespace {
 
 nlohmann::ordered_json ToJson(const PrefillFigures& figures) {
   nlohmann::ordered_json json = {

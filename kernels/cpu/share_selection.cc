@@ -25,17 +25,17 @@ class BlockRepresentatives {
   void Write(int64_t num_samples, int64_t num_outliers, int64_t plane_stride, float* out) {
     FormMean();
     for (int64_t key = 0; key < kRowBlock; ++key) distance_[key] = SquaredDistance(key);
-    if (num_samples == 0) out = std::copy_n(mean_, head_dim_, out) - head_dim_ + plane_stride;
-    const auto write = [&](int64_t key) {
-      std::copy_n(k_ + key * row_stride_, head_dim_, out);
+    const auto write = [&](const float* row) {
+      std::copy_n(row, head_dim_, out);
       out += plane_stride;
     };
-    for (int64_t i = 0; i < num_samples; ++i) write(SampledKey(num_samples, i));
+    if (num_samples == 0) write(mean_);
+    for (int64_t i = 0; i < num_samples; ++i) write(k_ + SampledKey(num_samples, i) * row_stride_);
     for (int64_t r = 0; r < num_outliers; ++r) {
       const int64_t key =
           std::max_element(distance_, distance_ + kRowBlock) - distance_;  // the first of equals
       distance_[key] = -1;
-      write(key);
+      write(k_ + key * row_stride_);
     }
   }
 
@@ -108,6 +108,11 @@ class ShareSelectionTask {
   }
 
   ShareSelectionTask(const ShareSelectionParams& params, char* scratch) : params_(params) {
+    of_block_ = {.num = params.num_representatives, .num_samples = params.num_samples};
+    if (params.num_samples > 0) {  // in units of log2, as queries are
+      of_block_.sample_bonus =
+          std::log2(static_cast<float>(kRowBlock) / static_cast<float>(params.num_samples));
+    }
     packed_ = reinterpret_cast<float*>(scratch);
     scores_ = packed_ + params.head_dim * kTileLanes;
     products_ = scores_ + params.num_key_blocks * kTileLanes;
@@ -168,9 +173,7 @@ class ShareSelectionTask {
               representatives + r * plane + (begin + b) * params_.head_dim;
         }
       }
-      BlockRows of_block{.num = params_.num_representatives, .num_samples = params_.num_samples};
-      if (of_block.num_samples > 0) of_block.sample_bonus = SampleBonus(params_.num_samples);
-      ScoreBlocks(packed_, params_.head_dim, rows_, count, of_block, products_, scores_ + begin * kTileLanes,
+      ScoreBlocks(packed_, params_.head_dim, rows_, count, of_block_, products_, scores_ + begin * kTileLanes,
                   row_max_);
     }
   }
@@ -198,11 +201,8 @@ class ShareSelectionTask {
     for (int64_t lane = 0; lane < kTileLanes; ++lane) row_sum_[lane] += own_sum_[lane];
   }
 
-  static float SampleBonus(int64_t num_samples) {  // in units of log2
-    return std::log2(static_cast<float>(kRowBlock) / static_cast<float>(num_samples));
-  }
-
   const ShareSelectionParams& params_;
+  BlockRows of_block_;
   float* packed_;    // [head_dim, kTileLanes]
   float* scores_;    // [num_key_blocks, kTileLanes]
   float* products_;  // [kBlocksAtOnce * num_representatives, kTileLanes]
@@ -222,7 +222,7 @@ absl::Status CpuRepresentatives(const RepresentativesParams& params, ThreadPool&
   LF_RETURN_IF_ERROR(CheckAtLeast("representatives", "num_heads", params.num_heads, 0));
   LF_RETURN_IF_ERROR(CheckAtLeast("representatives", "num_keys", params.num_keys, 0));
   LF_RETURN_IF_ERROR(CheckHeadDim("representatives", params.head_dim));
-  LF_RETURN_IF_ERROR(CheckRepresentatives("representatives", params.num_samples, params.num_outliers));
+  LF_RETURN_IF_ERROR(CheckRepresentatives("representatives: num_", params.num_samples, params.num_outliers));
   const auto* k = static_cast<const float*>(params.k.data);
   auto* out = static_cast<float*>(params.out);
   const int64_t num_blocks = params.num_keys / kRowBlock;

@@ -8,6 +8,7 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/sparse/share_check.h"
 
 namespace longfill {
 namespace {
@@ -55,12 +56,7 @@ struct PatternCheck {
     return CheckBudget("block-sparse", "num_blocks", p.num_blocks, 1);
   }
   absl::Status operator()(const BlockShare& p) const {
-    LF_RETURN_IF_ERROR(CheckBudget("block-share", "outliers", p.outliers, 0, kMaxOutliers));
-    LF_RETURN_IF_ERROR(CheckBudget("block-share", "samples", p.samples, 0, kMaxOutliers - p.outliers));
-    if ((p.samples & (p.samples - 1)) != 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("block-share: samples ", p.samples, " is not a power of two"));
-    }
+    LF_RETURN_IF_ERROR(CheckRepresentatives("block-share: ", p.samples, p.outliers));
     if (p.min_share >= kLeastShare && p.min_share <= 1) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat("block-share: min_share ", ShortestDecimal(p.min_share),
                                                    " is not in [", ShortestDecimal(kLeastShare), ", 1]"));

@@ -5,23 +5,22 @@
 
 namespace longfill {
 
-absl::Status CheckRepresentatives(const char* operation, int64_t num_samples, int64_t num_outliers) {
+absl::Status CheckRepresentatives(const std::string& where, int64_t num_samples, int64_t num_outliers) {
   if (num_outliers < 0 || num_outliers > kMaxOutliers) {
     return absl::InvalidArgumentError(
-        absl::StrCat(operation, ": num_outliers ", num_outliers, " is not in [0, ", kMaxOutliers, "]"));
+        absl::StrCat(where, "outliers ", num_outliers, " is not in [0, ", kMaxOutliers, "]"));
   }
   if (num_samples < 0 || num_samples > kMaxOutliers - num_outliers) {
-    return absl::InvalidArgumentError(absl::StrCat(operation, ": num_samples ", num_samples,
-                                                   " is not in [0, ", kMaxOutliers - num_outliers, "]"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "samples ", num_samples, " is not in [0, ", kMaxOutliers - num_outliers, "]"));
   }
   if ((num_samples & (num_samples - 1)) == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(operation, ": num_samples ", num_samples, " is not a power of two"));
+  return absl::InvalidArgumentError(absl::StrCat(where, "samples ", num_samples, " is not a power of two"));
 }
 
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
                                        int64_t num_samples, const void* own_k) {
-  LF_RETURN_IF_ERROR(CheckRepresentatives(operation, num_samples, 0));
+  LF_RETURN_IF_ERROR(CheckRepresentatives(absl::StrCat(operation, ": num_"), num_samples, 0));
   const int64_t least = NumRepresentatives(num_samples, 0);
   const int64_t most = NumRepresentatives(num_samples, kMaxOutliers - num_samples);
   if (num_representatives < least || num_representatives > most) {

@@ -1,19 +1,20 @@
 #ifndef LONGFILL_KERNELS_SPARSE_SHARE_CHECK_H_
 #define LONGFILL_KERNELS_SPARSE_SHARE_CHECK_H_
 
-// What backends check alike of the representatives of key blocks (head_pattern.h, BlockShare).
+// What patterns and backends check alike of the representatives of key blocks (head_pattern.h, BlockShare).
 
 #include <cstdint>
+#include <string>
 
 #include "kernels/base/status.h"
 
 namespace longfill {
 
-// InvalidArgument naming operation and value: counts below 0, above kMaxOutliers together, or samples that
-// are no power of two.
-absl::Status CheckRepresentatives(const char* operation, int64_t num_samples, int64_t num_outliers);
+// InvalidArgument naming field and value: counts below 0, above kMaxOutliers together, or samples that are no
+// power of two. `where` stands before "samples" and "outliers" in messages.
+absl::Status CheckRepresentatives(const std::string& where, int64_t num_samples, int64_t num_outliers);
 
-// The same where they are read; and samples need the keys of the rows.
+// The same where `operation` reads them; and samples need the keys of the rows.
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
                                        int64_t num_samples, const void* own_k);
 

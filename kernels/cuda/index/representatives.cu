@@ -129,7 +129,7 @@ absl::Status CudaRepresentatives(const RepresentativesParams& params, DType comp
                                  cudaStream_t stream) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast("representatives", "num_heads", params.num_heads, 0));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast("representatives", "num_keys", params.num_keys, 0));
-  LF_RETURN_IF_ERROR(CheckRepresentatives("representatives", params.num_samples, params.num_outliers));
+  LF_RETURN_IF_ERROR(CheckRepresentatives("representatives: num_", params.num_samples, params.num_outliers));
   if (params.head_dim < kPacked || params.head_dim > kThreads || params.head_dim % kPacked != 0) {
     return absl::UnimplementedError(absl::StrCat("representatives: no variant for head_dim ", params.head_dim,
                                                  ", only for multiples of ", kPacked, " up to ", kThreads));
