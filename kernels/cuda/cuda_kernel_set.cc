@@ -167,7 +167,8 @@ class CudaKernelSet final : public KernelSet {
   int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& /*bounds*/) const override { return 0; }
   absl::Status SelectByShare(const ShareSelectionParams& params, Workspace /*workspace*/,
                              Stream& stream) override {
-    return On(stream, [&](cudaStream_t cuda) { return CudaSelectByShare(params, compute_dtype_, cuda); });
+    return On(stream,
+              [&](cudaStream_t cuda) { return CudaSelectByShare(params, compute_dtype_, limits_, cuda); });
   }
   int64_t BuildBlockListsWorkspaceBytes(int64_t num_heads, int64_t num_row_blocks) const override {
     return CudaBuildBlockListsWorkspaceBytes(num_heads, num_row_blocks);

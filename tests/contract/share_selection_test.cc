@@ -92,16 +92,22 @@ class ShareSelectionTest : public BackendTest {
   // Four query heads of one KV head.
   void CompareWithOracle(int64_t tokens, int64_t dim, int64_t samples, Decisions* decisions) {
     const int64_t outliers = tokens % 3 == 0 || samples == 16 ? 0 : tokens % 3 == 1 ? 4 : 7;
-    const int64_t num_representatives = NumRepresentatives(samples, outliers);
     const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};
+    const std::vector<float> q = Rounded(NormalFloats(std::ssize(min_share) * tokens * dim, 22));
+    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
+    const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
+    CompareWithOracle(q, k, tokens, dim, outliers, samples, scale, min_share, decisions);
+  }
+  // q [heads, tokens, dim] and k [tokens, dim] as the backend rounds them.
+  void CompareWithOracle(const std::vector<float>& q, const std::vector<float>& k, int64_t tokens,
+                         int64_t dim, int64_t outliers, int64_t samples, float scale,
+                         const std::vector<float>& min_share, Decisions* decisions) {
+    const int64_t num_representatives = NumRepresentatives(samples, outliers);
     const auto heads = std::ssize(min_share);
     const int64_t blocks = tokens / kRowBlock;
-    const std::vector<float> q = Rounded(NormalFloats(heads * tokens * dim, 22));
-    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
     const Buffer representatives = Represent(k, 1, tokens, dim, outliers, samples);
     const std::vector<float> planes =
         DownloadCompute(representatives.data(), num_representatives * blocks * dim);
-    const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
     const Bits got = Select(q, representatives,
                             {.rows = tokens,
                              .dim = dim,
@@ -234,6 +240,34 @@ TEST_P(ShareSelectionTest, AgreesWithTheOracleOnLongPrompts) {
   }
   EXPECT_GT(decisions.kept, 10000);
   EXPECT_GT(decisions.dropped, 10000);
+}
+
+// Of a row of equal shares all blocks are kept or none: as many as may be, and more than a kernel can note in
+// passing.
+TEST_P(ShareSelectionTest, RowsMayKeepEveryBlock) {
+  const int64_t tokens = 12'800, dim = 64, blocks = tokens / kRowBlock;
+  const std::vector<float> min_share = {0.9F / static_cast<float>(blocks), 0.01F};
+  const std::vector<float> q(static_cast<size_t>(std::ssize(min_share) * tokens * dim), 0.0F);
+  Decisions decisions;
+  CompareWithOracle(q, Rounded(NormalFloats(tokens * dim, 50)), tokens, dim, 4, 0, 1, min_share, &decisions);
+  EXPECT_GT(decisions.kept, blocks * blocks / 2);
+  EXPECT_GT(decisions.dropped, blocks * blocks / 8);
+}
+
+// The first blocks of a prompt outweigh later ones, the nearest of which were candidates by the sums before
+// them, until these were known.
+TEST_P(ShareSelectionTest, CandidatesFailWhenSumsAreKnown) {
+  const int64_t tokens = 12'800, dim = 64, blocks = tokens / kRowBlock;
+  std::vector<float> q(static_cast<size_t>(tokens * dim), 0.0F);
+  std::vector<float> k(q.size(), 0.0F);
+  for (int64_t i = 0; i < tokens; ++i) {
+    q[i * dim] = 1;
+    k[i * dim] = static_cast<float>(blocks - i / kRowBlock) / 16;  // e^(1/16) from block to block
+  }
+  Decisions decisions;
+  CompareWithOracle(Rounded(q), Rounded(k), tokens, dim, 1, 0, 1, {0.02F}, &decisions);
+  EXPECT_GT(decisions.kept, 10 * blocks);
+  EXPECT_GT(decisions.dropped, 10 * blocks);
 }
 
 // The bits of a row block are those of the whole prompt for ranks, chunks and heads of a call.

@@ -1,8 +1,7 @@
 #ifndef LONGFILL_KERNELS_CUDA_HOPPER_QUERY_ROWS_CUH_
 #define LONGFILL_KERNELS_CUDA_HOPPER_QUERY_ROWS_CUH_
 
-// Rows of queries and results between global memory, in pieces of 16 bytes, and the registers of wgmma, where
-// the four lanes of a row have four bytes of each piece.
+// Rows of queries and results between global memory and the registers of wgmma.
 
 #include <cstdint>
 
@@ -11,48 +10,21 @@
 #include "kernels/cuda/attention/row_result.cuh"
 #include "kernels/cuda/attention/tile_task.cuh"
 #include "kernels/cuda/hopper/half_rows.cuh"
+#include "kernels/cuda/hopper/row_pieces.cuh"
 #include "kernels/cuda/hopper/shared_memory.cuh"
 
 namespace longfill::cuda::hopper {
-
-// Lane t of each four has word t of four pieces, and gets piece t of four words; or back.
-__device__ __forceinline__ void TransposeInFour(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = (attention::Lane() & step) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & step) != 0) continue;
-      const uint32_t sent = upper ? words[i] : words[i + step];
-      const uint32_t received = __shfl_xor_sync(attention::kAllLanes, sent, step);
-      if (upper) {
-        words[i] = received;
-      } else {
-        words[i + step] = received;
-      }
-    }
-  }
-}
 
 template <typename Element, typename ShapeOf>
 __device__ __forceinline__ void LoadQueries(const attention::Args& args, const SlotReader<ShapeOf>& reader,
                                             HalfRows<Element, ShapeOf>* rows) {
   const Task& task = reader.task();
   const int32_t first_row = reader.first_row();
-  const char* q = attention::QueryRow0(args, task.tile_task) + attention::Lane() % 4 * 16;
+  const char* q = attention::QueryRow0(args, task.tile_task);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = task.row[first_row + 8 * half];
-    const char* data = q + 2 * row * args.q_row_stride;
-#pragma unroll
-    for (int i = 0; i < ShapeOf::kHeadDim / 32; ++i) {
-      uint4 piece = {0, 0, 0, 0};
-      if (row >= 0) piece = *reinterpret_cast<const uint4*>(data + 64 * i);
-      uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-      TransposeInFour(words);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) rows->q[2 * i + j / 2][j % 2 * 2 + half] = words[j];
-    }
+    LoadQueryRow(q + 2 * row * args.q_row_stride, row >= 0, half, &rows->q);
   }
 }
 

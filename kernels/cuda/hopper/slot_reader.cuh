@@ -9,6 +9,7 @@
 #include "kernels/cuda/attention/mma.cuh"
 #include "kernels/cuda/attention/tile_rows.cuh"
 #include "kernels/cuda/hopper/shared_memory.cuh"
+#include "kernels/cuda/hopper/wgmma.cuh"
 
 namespace longfill::cuda::hopper {
 
@@ -38,12 +39,6 @@ struct SlotPair {
 
   __device__ __forceinline__ bool has_two() const { return first.bits != second.bits; }
 };
-
-// Of a condition that is the same in all lanes, in a form that the compiler knows to be so: products in a
-// branch that lanes might take differently are waited for one by one.
-__device__ __forceinline__ bool InAllLanes(bool condition) {
-  return __any_sync(attention::kAllLanes, condition) != 0;
-}
 
 // One for each warp of a consumer; all its lanes hold the same.
 template <typename ShapeOf>

@@ -70,6 +70,12 @@ __device__ __forceinline__ void ComputeBeforeHere(float value) {
   if (__any_sync(attention::kAllLanes, value < 0)) asm volatile("trap;\n");
 }
 
+// Of a condition that is the same in all lanes, in a form that the compiler knows to be so: products in a
+// branch that lanes might take differently are waited for one by one.
+__device__ __forceinline__ bool InAllLanes(bool condition) {
+  return __any_sync(attention::kAllLanes, condition) != 0;
+}
+
 // The operands of 16 columns of C, eight registers.
 #define LF_C8(c, i)                                                                               \
   "+f"((c)[(i)]), "+f"((c)[(i) + 1]), "+f"((c)[(i) + 2]), "+f"((c)[(i) + 3]), "+f"((c)[(i) + 4]), \

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/hopper/index/share_selection.h"
 #include "kernels/cuda/index/share_selection_args.h"
 #include "kernels/sparse/position_check.h"
 #include "kernels/sparse/share_check.h"
@@ -15,8 +16,11 @@ namespace {
 
 constexpr char kOperation[] = "share selection";
 constexpr int64_t kMaxPosition = (int64_t{1} << 31) - 1;
-// No launch is predicted above 200 ms at a rate that mma.sync passes on every GPU that is served.
-constexpr double kLaunchFlops = 0.2 * 100e12;
+// No launch is predicted above 200 ms at rates that mma.sync passes on every GPU that is served, and wgmma on
+// those that have it.
+constexpr double kLaunchSeconds = 0.2;
+constexpr double kFlops = 100e12;
+constexpr double kHopperFlops = 300e12;
 
 absl::Status CheckPositions(const ShareSelectionParams& params) {
   const PositionMap& map = params.positions;
@@ -70,27 +74,33 @@ absl::Status Check(const ShareSelectionParams& params) {
   return CheckShares(params);
 }
 
-int64_t TileRows(int64_t head_dim) {
+int64_t TileRows(int64_t head_dim, bool hopper) {
+  if (hopper) return kHopperShareRows;
   return head_dim <= 128 ? ShareShape<128>::kRows : ShareShape<256>::kRows;
 }
 
 // Tiles of each head in a launch. Both sweeps are counted in full.
-int64_t TilesAtOnce(const ShareSelectionParams& params, int64_t num_heads) {
-  const double flops =
-      2.0 * 2.0 * static_cast<double>(params.head_dim) * static_cast<double>(TileRows(params.head_dim)) *
-      static_cast<double>(params.num_representatives) *
-      static_cast<double>(std::max<int64_t>(1, params.num_key_blocks)) * static_cast<double>(num_heads);
-  return static_cast<int64_t>(std::clamp(kLaunchFlops / flops, 1.0, 1e6));
+int64_t TilesAtOnce(const ShareSelectionParams& params, int64_t num_heads, bool hopper) {
+  const double flops = 2.0 * 2.0 * static_cast<double>(params.head_dim) *
+                       static_cast<double>(TileRows(params.head_dim, hopper)) *
+                       static_cast<double>(params.num_representatives) *
+                       static_cast<double>(std::max<int64_t>(1, params.num_key_blocks)) *
+                       static_cast<double>(num_heads);
+  return static_cast<int64_t>(
+      std::clamp(kLaunchSeconds * (hopper ? kHopperFlops : kFlops) / flops, 1.0, 1e6));
 }
 
 }  // namespace
 
-absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute_dtype, cudaStream_t stream) {
+absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute_dtype,
+                               const DeviceLimits& limits, cudaStream_t stream) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_heads", params.num_heads, 0));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_rows", params.num_rows, 0));
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(Check(params));
-  const int64_t num_tiles = (params.num_rows + TileRows(params.head_dim) - 1) / TileRows(params.head_dim);
+  const bool hopper = HasHopperShareSelection(params.head_dim, limits);
+  const int64_t tile_rows = TileRows(params.head_dim, hopper);
+  const int64_t num_tiles = (params.num_rows + tile_rows - 1) / tile_rows;
   const int64_t row_blocks = RowBlocksOf(params.num_rows);
   for (int64_t head = 0; head < params.num_heads; head += kMaxShareHeads) {
     ShareSelectionArgs args;
@@ -114,11 +124,13 @@ absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute
     args.bits = params.bits + head * row_blocks * params.words_per_row;
     args.words_per_row = params.words_per_row;
     for (int32_t i = 0; i < args.num_heads; ++i) args.share_log2[i] = std::log2(params.min_share[head + i]);
-    const int64_t at_once = TilesAtOnce(params, args.num_heads);
+    const int64_t at_once = TilesAtOnce(params, args.num_heads, hopper);
     for (int64_t end = num_tiles; end > 0; end -= at_once) {
       args.end_tile = end;
-      LF_RETURN_IF_ERROR(
-          LaunchShareSelection(args, std::min(at_once, end), params.head_dim, compute_dtype, stream));
+      const int64_t count = std::min(at_once, end);
+      LF_RETURN_IF_ERROR(hopper ? LaunchHopperShareSelection(args, count, params.num_key_blocks,
+                                                             params.head_dim, compute_dtype, stream)
+                                : LaunchShareSelection(args, count, params.head_dim, compute_dtype, stream));
     }
   }
   return absl::OkStatus();

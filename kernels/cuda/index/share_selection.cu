@@ -10,8 +10,11 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention/tile_memory.cuh"
+#include "kernels/cuda/index/gather_blocks.cuh"
+#include "kernels/cuda/index/row_scores.cuh"
 #include "kernels/cuda/index/share_rows.cuh"
 #include "kernels/cuda/index/share_selection_args.h"
+#include "kernels/cuda/index/share_tile.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/packed.cuh"
 
@@ -26,9 +29,9 @@ using attention::WaitForCopies;
 template <typename Shape>
 struct SharedMemory {
   // The tile's queries go through them first.
-  alignas(128) char stages[Shape::kStages][Shape::kChunkBlocks * Shape::kRowBytes];
-  uint64_t votes[2][Shape::kWarps];       // of even and odd chunks
-  int32_t gathered[Shape::kChunkBlocks];  // key blocks of a gathered chunk
+  alignas(128) char stages[Shape::kStages][kChunkBlocks * Shape::kRowBytes];
+  uint64_t votes[2][Shape::kWarps];  // of even and odd chunks
+  int32_t gathered[kChunkBlocks];    // key blocks of a gathered chunk
   int32_t num_gathered;
   int32_t next_word;  // behind those that they are of
 };
@@ -36,21 +39,15 @@ struct SharedMemory {
 template <typename Element, typename Shape>
 class Tile {
  public:
-  static constexpr int kChunkBlocks = Shape::kChunkBlocks;
-  static constexpr int kRowBlocks = Shape::kRowBlocks;
+  static constexpr int kRowBlocks = ShareTile<Shape::kRows>::kRowBlocks;
 
   __device__ __forceinline__ Tile(const ShareSelectionArgs& args, SharedMemory<Shape>* shared)
       : args_(args),
         shared_(*shared),
         thread_(static_cast<int>(threadIdx.x)),
         warp_(static_cast<int>(threadIdx.x) / 32),
-        head_(static_cast<int>(blockIdx.x) % args.num_heads),
-        first_row_((args.end_tile - 1 - static_cast<int64_t>(blockIdx.x) / args.num_heads) * Shape::kRows),
-        num_rows_(static_cast<int>(min(args.num_rows - first_row_, int64_t{Shape::kRows}))),
-        rows_(args.scale_log2, args.share_log2[head_], num_rows_) {
-    num_blocks_ = 0;
-    for (int i = 0; i < kRowBlocks; ++i) num_blocks_ = max(num_blocks_, BlocksBefore(i));
-  }
+        tile_(args),
+        rows_(args.scale_log2, args.share_log2[tile_.head()], tile_.num_rows() - warp_ * Shape::kWarpRows) {}
 
   __device__ __forceinline__ void Run() {
     LoadQueries();
@@ -61,19 +58,6 @@ class Tile {
   }
 
  private:
-  // Of row block i of the tile; those beyond the last row do not exist.
-  __device__ __forceinline__ bool Exists(int i) const { return i * int{kRowBlock} < num_rows_; }
-  __device__ __forceinline__ int32_t BlocksBefore(int i) const {
-    if (!Exists(i)) return 0;
-    return static_cast<int32_t>(args_.positions.Position(first_row_ + i * kRowBlock) / kRowBlock);
-  }
-  __device__ __forceinline__ uint64_t* BitsOf(int i) const {
-    const int64_t row_blocks = (args_.num_rows + kRowBlock - 1) / kRowBlock;
-    return args_.bits + (head_ * row_blocks + first_row_ / kRowBlock + i) * args_.words_per_row;
-  }
-  __device__ __forceinline__ int32_t NumChunks() const {
-    return (num_blocks_ + kChunkBlocks - 1) / kChunkBlocks;
-  }
   // What the warps of row block i have voted for.
   __device__ __forceinline__ uint64_t VotesOf(int i, int parity) const {
     uint64_t votes = 0;
@@ -85,35 +69,35 @@ class Tile {
 
   __device__ __forceinline__ void LoadQueries() {
     const int64_t row_bytes = 2 * args_.q_row_stride;
-    const char* q =
-        static_cast<const char*>(args_.q) + 2 * head_ * args_.q_head_stride + first_row_ * row_bytes;
+    const char* q = static_cast<const char*>(args_.q) + 2 * tile_.head() * args_.q_head_stride +
+                    tile_.first_row() * row_bytes;
     static_assert(Shape::kRows <= Shape::kStages * kChunkBlocks);
     CopyRows<Shape, Shape::kRows>(shared_.stages[0], [&](int i) {
-      const bool exists = i < num_rows_;
+      const bool exists = i < tile_.num_rows();
       return RowSource{q + (exists ? i : 0) * row_bytes, exists};
     });
     WaitForCopies();
     __syncthreads();
-    rows_.LoadQueries(shared_.stages[0]);
+    queries_.LoadQueries(shared_.stages[0]);
     __syncthreads();  // before stages are written
   }
 
   // The keys of each row block itself, into the sums of its rows.
   __device__ __forceinline__ void TakeOwnKeys() {
     const int64_t row_bytes = 2 * args_.own_k_row_stride;
-    const char* k = static_cast<const char*>(args_.own_k) + first_row_ * row_bytes;
+    const char* k = static_cast<const char*>(args_.own_k) + tile_.first_row() * row_bytes;
     for (int row_block = 0; row_block < kRowBlocks; ++row_block) {
       CopyRows<Shape, kChunkBlocks>(shared_.stages[0], [&](int i) {
         const int row = row_block * int{kRowBlock} + i;
-        const bool exists = row < num_rows_;
+        const bool exists = row < tile_.num_rows();
         return RowSource{k + (exists ? row : 0) * row_bytes, exists};
       });
       WaitForCopies();
       __syncthreads();
       if (warp_ / Shape::kWarpsOfRowBlock == row_block) {
         rows_.Clear();
-        rows_.Score(shared_.stages[0], 0);
-        rows_.MaskLater();
+        queries_.Score(shared_.stages[0], 0, &rows_);
+        rows_.MaskLater(warp_ % Shape::kWarpsOfRowBlock * Shape::kWarpRows);
         rows_.Accumulate();
       }
       __syncthreads();  // before the stage is written
@@ -137,14 +121,14 @@ class Tile {
   // thresholds are close to the last ones soon. Stages follow each other over the ends of chunks; what was
   // voted for a chunk is written one stage later.
   __device__ __forceinline__ void MarkCandidates() {
-    const int32_t num_chunks = NumChunks();
+    const int32_t num_chunks = tile_.num_chunks();
     const auto load = [&](int stage, int32_t chunk, int r) {
       LoadStage(stage, r, [&](int i) {
         const int32_t block = chunk * kChunkBlocks + i;
-        return block < num_blocks_ ? block : -1;
+        return block < tile_.num_blocks() ? block : -1;
       });
     };
-    const int32_t blocks_before = BlocksBefore(warp_ / Shape::kWarpsOfRowBlock);  // of this warp's rows
+    const int32_t blocks_before = tile_.BlocksBefore(warp_ / Shape::kWarpsOfRowBlock);  // of this warp's rows
     int stage = 0;
     if (num_chunks > 0) load(0, num_chunks - 1, 0);
     for (int32_t chunk = num_chunks - 1; chunk >= 0; --chunk) {
@@ -159,7 +143,7 @@ class Tile {
         } else if (chunk > 0) {
           load(stage ^ 1, chunk - 1, 0);
         }
-        rows_.Score(shared_.stages[stage], Bonus(r));
+        queries_.Score(shared_.stages[stage], Bonus(r), &rows_);
         stage ^= 1;
       }
       const int32_t num_visible = blocks_before - chunk * kChunkBlocks;  // the same for all rows of a warp
@@ -168,26 +152,28 @@ class Tile {
         rows_.Mask(num_visible);
         rows_.Accumulate();
         rows_.SetThresholds();
-        votes = rows_.Votes(kCandidateSlack);
+        if (rows_.HasCandidates()) votes = rows_.Votes(kCandidateSlack);
       }
       if (thread_ % 32 == 0) shared_.votes[chunk % 2][warp_] = votes;
     }
     __syncthreads();
     if (num_chunks > 0) WriteCandidates(0);
     for (int i = 0; i < kRowBlocks; ++i) {
-      if (!Exists(i)) continue;
-      for (int64_t w = num_chunks + thread_; w < args_.words_per_row; w += Shape::kThreads) BitsOf(i)[w] = 0;
+      if (!tile_.Exists(i)) continue;
+      for (int64_t w = num_chunks + thread_; w < args_.words_per_row; w += Shape::kThreads)
+        tile_.BitsOf(i)[w] = 0;
     }
     __syncthreads();  // the bits can be read
   }
 
   __device__ __forceinline__ void WriteCandidates(int32_t chunk) {
-    if (thread_ < kRowBlocks && Exists(thread_)) BitsOf(thread_)[chunk] = VotesOf(thread_, chunk % 2);
+    if (thread_ < kRowBlocks && tile_.Exists(thread_))
+      tile_.BitsOf(thread_)[chunk] = VotesOf(thread_, chunk % 2);
   }
 
   __device__ __forceinline__ void ClearOthers() {
     rows_.SetThresholds();  // of all blocks
-    for (int32_t word = 0; word < NumChunks();) {
+    for (int32_t word = 0; word < tile_.num_chunks();) {
       if (warp_ == 0) Gather(word);
       __syncthreads();
       word = shared_.next_word;
@@ -195,6 +181,21 @@ class Tile {
       if (count > 0) ClearGathered(count);
       __syncthreads();  // before others are gathered
     }
+  }
+
+  // Of any row block of the tile, from `word` on. One warp.
+  __device__ __forceinline__ void Gather(int32_t word) {
+    const auto candidates = [&](int32_t w) {
+      uint64_t bits = 0;
+      for (int i = 0; i < kRowBlocks; ++i) {
+        if (tile_.Exists(i)) bits |= tile_.BitsOf(i)[w];
+      }
+      return bits;
+    };
+    const int found = GatherBlocks(tile_.num_chunks(), candidates, shared_.gathered, &word);
+    if (thread_ != 0) return;
+    shared_.num_gathered = found;
+    shared_.next_word = word;
   }
 
   __device__ __forceinline__ void ClearGathered(int count) {
@@ -207,78 +208,33 @@ class Tile {
       WaitForCopies();
       __syncthreads();  // the stage is here, the other one has been read
       if (r + 1 < args_.num_representatives) load((r + 1) % 2, r + 1);
-      rows_.Score(shared_.stages[r % 2], Bonus(r));
+      queries_.Score(shared_.stages[r % 2], Bonus(r), &rows_);
     }
     // Blocks that this warp's rows do not see may get votes; their bits are not set, so nothing clears them.
-    const uint64_t votes = rows_.Votes(0);
+    const uint64_t votes = rows_.Votes();
     if (thread_ % 32 == 0) shared_.votes[0][warp_] = votes;
     __syncthreads();
     const int row_block = thread_ / kChunkBlocks;
     const int i = thread_ % kChunkBlocks;
-    if (row_block >= kRowBlocks || !Exists(row_block) || i >= count) return;
+    if (row_block >= kRowBlocks || !tile_.Exists(row_block) || i >= count) return;
     if ((VotesOf(row_block, 0) >> i & 1) != 0) return;
-    const int32_t block = shared_.gathered[i];
-    atomicAnd(reinterpret_cast<unsigned long long*>(BitsOf(row_block) + block / 64), ~(1ULL << (block % 64)));
+    tile_.ClearBlock(row_block, shared_.gathered[i]);
   }
 
-  // The candidates of whole words from `word` on, of any row block of the tile, as many as fit: those of one
-  // word at least. One warp.
-  __device__ __forceinline__ void Gather(int32_t word) {
-    const int lane = thread_ % 32;
-    int found = 0;
-    int taken = 32;  // words, a prefix of the lanes
-    while (taken == 32) {
-      const int32_t w = word + lane;
-      uint64_t candidates = 0;
-      for (int i = 0; i < kRowBlocks; ++i) {
-        if (w < NumChunks() && Exists(i)) candidates |= BitsOf(i)[w];
-      }
-      const int count = __popcll(candidates);
-      int inclusive = count;
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, inclusive, step);
-        if (lane >= step) inclusive += other;
-      }
-      const bool fits = w < NumChunks() && found + inclusive <= kChunkBlocks;
-      if (fits) {
-        for (int at = found + inclusive - count; candidates != 0; ++at, candidates &= candidates - 1) {
-          shared_.gathered[at] = w * 64 + __ffsll(static_cast<long long>(candidates)) - 1;
-        }
-      }
-      taken = __popc(__ballot_sync(kAllLanes, fits));
-      if (taken > 0) found += __shfl_sync(kAllLanes, inclusive, taken - 1);
-      word += taken;
-    }
-    if (lane == 0) {
-      shared_.num_gathered = found;
-      shared_.next_word = word;
-    }
-  }
-
-  // By atomics like the clearing: plain reads could find what a cache has kept.
   __device__ __forceinline__ void SetForcedBlocks() {
-    if (thread_ >= kRowBlocks || !Exists(thread_)) return;
-    const int32_t last = BlocksBefore(thread_);
-    const auto set = [&](int32_t block) {
-      atomicOr(reinterpret_cast<unsigned long long*>(BitsOf(thread_) + block / 64), 1ULL << (block % 64));
-    };
-    set(0);
-    for (int32_t i = 0; i < kForcedNearestBlocks && i <= last; ++i) set(last - i);
+    if (thread_ < kRowBlocks && tile_.Exists(thread_)) tile_.SetForcedBlocks(thread_);
   }
 
   const ShareSelectionArgs& args_;
   SharedMemory<Shape>& shared_;
   const int thread_;
   const int warp_;
-  const int head_;
-  const int64_t first_row_;  // of the tile
-  const int num_rows_;       // of the tile
-  int32_t num_blocks_;       // before the tile's last row block
-  ShareRows<Element, Shape> rows_;
+  const ShareTile<Shape::kRows> tile_;
+  ShareRows<Element, Shape> queries_;
+  RowScores<Shape::kRowTiles> rows_;
 };
 
-// A thread block does one tile of one head. Heads of a tile are neighbours, tiles with the most blocks start
-// first.
+// A thread block does one tile of one head.
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(ShareShape<kHeadDim>::kThreads, ShareShape<kHeadDim>::kBlocksPerSm)
     ShareSelectionKernel(const __grid_constant__ ShareSelectionArgs args) {

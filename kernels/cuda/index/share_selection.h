@@ -4,12 +4,14 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/api/kernel_set.h"
+#include "kernels/cuda/device_limits.h"
 
 namespace longfill {
 
 // KernelSet::SelectByShare for head dims 64, 96, 128 and 256 and rows aligned to 16 bytes. Takes no
 // workspace. Launches are cut so that none is predicted above 200 ms.
-absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute_dtype, cudaStream_t stream);
+absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute_dtype,
+                               const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace longfill
 

@@ -43,10 +43,8 @@ struct ShareShape {
   static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1;  // of 16 rows, in each warp
   static constexpr int kWarpRows = 16 * kRowTiles;
   static constexpr int kRows = kWarps * kWarpRows;
-  static constexpr int kRowBlocks = kRows / static_cast<int>(kRowBlock);
-  static constexpr int kWarpsOfRowBlock = kWarps / kRowBlocks;
-  static constexpr int kChunkBlocks = 64;  // key blocks that are scored together: a word of bits
-  static constexpr int kStages = 2;        // of one representative of each block of a chunk
+  static constexpr int kWarpsOfRowBlock = static_cast<int>(kRowBlock) / kWarpRows;
+  static constexpr int kStages = 2;  // of one representative of each block of a chunk
   static constexpr int kRowBytes = 2 * kHeadDim;
   static constexpr int kBlocksPerSm = 2;
 };

@@ -1,0 +1,232 @@
+#ifndef LONGFILL_KERNELS_CUDA_HOPPER_INDEX_SHARE_CONSUMER_CUH_
+#define LONGFILL_KERNELS_CUDA_HOPPER_INDEX_SHARE_CONSUMER_CUH_
+
+// A warpgroup of selection by share that has the 64 rows of a row block. Of two stages the products of the
+// second run beside the maximum of the first; the other two warpgroups fill the rest.
+
+#include <cstdint>
+
+#include "kernels/cuda/hopper/index/score_list.cuh"
+#include "kernels/cuda/hopper/index/share_memory.cuh"
+#include "kernels/cuda/hopper/row_pieces.cuh"
+#include "kernels/cuda/hopper/wgmma.cuh"
+
+namespace longfill::cuda::hopper::share {
+
+template <typename Element, int kHeadDim>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const ShareSelectionArgs& args, int row_block, Memory<kHeadDim>* memory)
+      : args_(args),
+        tile_(memory->tile),
+        memory_(*memory),
+        row_block_(row_block),
+        thread_(static_cast<int>(threadIdx.x) % kWarpgroupThreads),
+        rows_(args.scale_log2, args.share_log2[memory->tile.head()],
+              memory->tile.num_rows() - FirstRowOfWarp()) {}
+
+  __device__ __forceinline__ void Run() {
+    LoadQueries();
+    ClearBits();
+    if (args_.num_samples > 0) TakeOwnKeys();
+    Sweep();
+    Judge();
+    SyncWarpgroup(row_block_);  // nobody changes bits from here on
+    if (thread_ == 0 && tile_.Exists(row_block_)) tile_.SetForcedBlocks(row_block_);
+  }
+
+ private:
+  using ShapeOf = Shape<kHeadDim>;
+  using Descriptor = BDescriptor<ShapeOf::kRowBytes>;
+  using Ring = typename Memory<kHeadDim>::Ring;
+  static constexpr int kStages = Memory<kHeadDim>::kStages;
+
+  __device__ __forceinline__ static int FirstRowOfWarp() { return attention::Thread() / 32 * 16; }
+  __device__ __forceinline__ ScoreEntry* entries() const { return memory_.entries[attention::Thread() / 32]; }
+
+  __device__ __forceinline__ void LoadQueries() {
+    const char* q = static_cast<const char*>(args_.q) +
+                    2 * (tile_.head() * args_.q_head_stride + tile_.first_row() * args_.q_row_stride);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = FirstRowOfWarp() + attention::Lane() / 4 + 8 * half;
+      LoadQueryRow(q + 2 * row * args_.q_row_stride, row < tile_.num_rows(), half, &q_);
+    }
+  }
+
+  __device__ __forceinline__ void ClearBits() {
+    if (tile_.Exists(row_block_)) {
+      uint64_t* const bits = tile_.BitsOf(row_block_);
+      for (int64_t w = thread_; w < args_.words_per_row; w += kWarpgroupThreads) bits[w] = 0;
+    }
+    SyncWarpgroup(row_block_);
+  }
+
+  // The next stage when it is there; each is given back once.
+  __device__ __forceinline__ uint32_t Take(Ring* ring, RingPlace<kStages>* place) {
+    const uint32_t taken = place->place;
+    Wait(&ring->full[taken], place->parity);
+    place->Next();
+    return taken;
+  }
+  __device__ __forceinline__ void GiveBack(Ring* ring, uint32_t stage) { ArriveAsWarp(&ring->empty[stage]); }
+
+  // Starts products = q stage^T, a group.
+  __device__ __forceinline__ void Multiply(uint32_t stage, float (&products)[32]) {
+    constexpr int kStepsOfBlock = ShapeOf::kBlockDims / 16;
+    const uint32_t low = Descriptor::Low(SharedAddress(memory_.stages[stage]));
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      const uint32_t at = low + (i / kStepsOfBlock * ShapeOf::kBlockBytes + i % kStepsOfBlock * 32) / 16;
+      if (i == 0) {
+        MultiplyKeys<Element, false>(products, q_[i], Descriptor::Of(at));
+      } else {
+        MultiplyKeys<Element, true>(products, q_[i], Descriptor::Of(at));
+      }
+    }
+    EndProducts();
+  }
+  __device__ __forceinline__ void RaiseScores(const float (&products)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      float& score = rows_.scores[0][i / 4][i % 4];
+      score = fmaxf(score, products[i]);
+    }
+  }
+  // Before products start no value is given to what they are written to: none is kept in registers for it.
+  __device__ __forceinline__ void MultiplyOne(Ring* ring, RingPlace<kStages>* place) {
+    const uint32_t stage = Take(ring, place);
+    if (ring == &memory_.gathered) FenceSharedForAsync();
+    float products[32];
+    StartProducts();
+    Multiply(stage, products);
+    WaitForProducts<0>();
+    Pin(products);
+    GiveBack(ring, stage);
+    RaiseScores(products);
+  }
+  __device__ __forceinline__ void MultiplyStages(int count, Ring* ring, RingPlace<kStages>* place) {
+    for (; InAllLanes(count > 1); count -= 2) {
+      // Both are waited for before products start: a wait between them would make the compiler end the first.
+      const uint32_t first = Take(ring, place);
+      const uint32_t second = Take(ring, place);
+      if (ring == &memory_.gathered) FenceSharedForAsync();
+      float products[2][32];
+      StartProducts();
+      Multiply(first, products[0]);
+      Multiply(second, products[1]);
+      WaitForProducts<1>();
+      Pin(products[0]);
+      RaiseScores(products[0]);
+      WaitForProducts<0>();
+      Pin(products[1]);
+      GiveBack(ring, first);
+      GiveBack(ring, second);
+      RaiseScores(products[1]);
+    }
+    if (InAllLanes(count == 1)) MultiplyOne(ring, place);
+  }
+  // Scores of 64 blocks, of which each representative is a stage.
+  __device__ __forceinline__ void ScoreBlocks(Ring* ring, RingPlace<kStages>* place) {
+    rows_.Clear();
+    if (args_.num_samples > 0) {
+      MultiplyStages(args_.num_samples, ring, place);
+#pragma unroll
+      for (int i = 0; i < 32; ++i) rows_.scores[0][i / 4][i % 4] += args_.sample_bonus;
+    }
+    MultiplyStages(args_.num_representatives - args_.num_samples, ring, place);
+  }
+  __device__ __forceinline__ void Skip(int count, Ring* ring, RingPlace<kStages>* place) {
+    for (; count > 0; --count) GiveBack(ring, Take(ring, place));
+  }
+
+  // The keys of the row block itself, into the sums of its rows.
+  __device__ __forceinline__ void TakeOwnKeys() {
+    for (int i = 0; i < kRowBlocks; ++i) {
+      if (InAllLanes(i != row_block_)) {
+        Skip(1, &memory_.chunks, &place_);
+        continue;
+      }
+      rows_.Clear();
+      MultiplyOne(&memory_.chunks, &place_);
+      rows_.MaskLater(FirstRowOfWarp() % int{kRowBlock});
+      rows_.Accumulate();
+    }
+  }
+
+  // From the nearest chunk to the first, since most rows give near blocks much of their share: their
+  // thresholds are close to the last ones soon.
+  __device__ __forceinline__ void Sweep() {
+    const int32_t blocks_before = tile_.BlocksBefore(row_block_);
+    for (int32_t chunk = tile_.num_chunks() - 1; chunk >= 0; --chunk) {
+      const int32_t num_visible = blocks_before - chunk * kChunkBlocks;
+      if (InAllLanes(num_visible <= 0)) {
+        Skip(args_.num_representatives, &memory_.chunks, &place_);
+        continue;
+      }
+      ScoreBlocks(&memory_.chunks, &place_);
+      rows_.Mask(num_visible);
+      rows_.Accumulate();
+      rows_.SetThresholds();
+      if (rows_.HasCandidates()) NoteCandidates(chunk * kChunkBlocks);
+    }
+    rows_.SetThresholds();  // of all blocks
+  }
+  __device__ __forceinline__ void NoteCandidates(int32_t block) {
+    if (!spilled_ && list_.Add(rows_, block, entries())) return;
+    if (!spilled_) MarkListed(share_selection::kCandidateSlack);
+    spilled_ = true;
+    const uint64_t votes = rows_.Votes(share_selection::kCandidateSlack);
+    if (attention::Lane() == 0) tile_.SetBlocks(row_block_, block / 64, votes);
+  }
+  __device__ __forceinline__ void MarkListed(float slack) {
+    list_.ForEach(rows_, slack, entries(), [&](int32_t block) { tile_.SetBlock(row_block_, block); });
+  }
+
+  __device__ __forceinline__ void Judge() {
+    if (spilled_) memory_.spilled = 1;  // whoever writes, writes the same
+    SyncConsumers();
+    const bool spilled = InAllLanes(memory_.spilled != 0);
+    // A warp that has spilled has nothing in its list.
+    if (!spilled_) MarkListed(spilled ? share_selection::kCandidateSlack : 0);
+    ArriveAsWarp(&memory_.marked);
+    if (spilled) ClearOthers();
+  }
+
+  __device__ __forceinline__ void ClearOthers() {
+    RingPlace<kStages> place;
+    for (int32_t n = 0;; ++n) {
+      const int32_t list = PlaceOf<kLists>(n);
+      Wait(&memory_.list_full[list], FullParity<kLists>(n));
+      const int size = memory_.list_size[list];
+      if (InAllLanes(size == 0)) return;
+      ScoreBlocks(&memory_.gathered, &place);
+      // Blocks that the rows do not see may get votes; their bits are not set, so nothing clears them.
+      const uint64_t votes = rows_.Votes();
+      uint64_t* const votes_of_row_block = memory_.votes[n % 2] + 4 * row_block_;
+      if (attention::Lane() == 0) votes_of_row_block[thread_ / 32] = votes;
+      SyncWarpgroup(row_block_);
+      if (thread_ < size && tile_.Exists(row_block_)) {
+        uint64_t all = 0;
+        for (int i = 0; i < 4; ++i) all |= votes_of_row_block[i];
+        if ((all >> thread_ & 1) == 0) tile_.ClearBlock(row_block_, memory_.lists[list][thread_]);
+      }
+      ArriveAsWarp(&memory_.list_empty[list]);
+    }
+  }
+
+  const ShareSelectionArgs& args_;
+  const Tile& tile_;
+  Memory<kHeadDim>& memory_;
+  const int row_block_;       // of the tile
+  const int thread_;          // of the warpgroup
+  RingPlace<kStages> place_;  // of the first sweep
+  uint32_t q_[kHeadDim / 16][4];
+  share_selection::RowScores<1> rows_;
+  ScoreList list_;
+  bool spilled_ = false;  // this warp
+};
+
+}  // namespace longfill::cuda::hopper::share
+
+#endif  // LONGFILL_KERNELS_CUDA_HOPPER_INDEX_SHARE_CONSUMER_CUH_

@@ -1,0 +1,118 @@
+#ifndef LONGFILL_KERNELS_CUDA_HOPPER_INDEX_SHARE_MEMORY_CUH_
+#define LONGFILL_KERNELS_CUDA_HOPPER_INDEX_SHARE_MEMORY_CUH_
+
+// What the warps of selection by share have in common, and who waits for whom. A tile is 192 rows, a consumer
+// warpgroup for each row block of 64; the fourth warpgroup produces. A stage is one representative of each of
+// 64 key blocks, or the 64 keys of a row block. All stages go through all consumers, in one order.
+//
+// The sweep over representatives is brought by one thread with the copy engine. Scores that may turn out to
+// reach their row's share are written down in shared memory, a list for each warp, and judged when the sums
+// of all blocks are known. A list that runs over is cleared of what fails by now; if that does not help, the
+// tile has spilled: its candidates are marked in the bits, and a second sweep, gathered by all producer
+// threads, forms their scores again. Its stages lie in the same places but have barriers of their own, since
+// as many threads arrive as copy.
+
+#include <cstdint>
+#include <new>
+
+#include "kernels/cuda/hopper/barrier.cuh"
+#include "kernels/cuda/hopper/shared_memory.cuh"
+#include "kernels/cuda/index/row_scores.cuh"
+#include "kernels/cuda/index/share_tile.cuh"
+
+namespace longfill::cuda::hopper::share {
+
+using share_selection::kChunkBlocks;
+
+inline constexpr int kRowBlocks = 3;
+inline constexpr int kTileRows = kRowBlocks * static_cast<int>(kRowBlock);
+using Tile = share_selection::ShareTile<kTileRows>;
+
+inline constexpr int kWarps = 4 * kRowBlocks;  // that consume
+inline constexpr int kConsumerThreads = 32 * kWarps;
+inline constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
+// The launch gives 128 to each of 512 threads; these are dealt anew.
+inline constexpr int kConsumerRegisters = 160;
+inline constexpr int kProducerRegisters = 32;
+static_assert(kRowBlocks * kConsumerRegisters + kProducerRegisters <= 4 * 128);
+static_assert(kChunkBlocks == kSlotKeys);
+
+inline constexpr int kArrivalsOfWarp = kEachLaneArrives ? 32 : 1;
+inline constexpr int kLists = 2;
+inline constexpr int kMaxEntries = 768;  // of a warp's list of candidate scores
+
+// A score of the warp's row % 16 for a block: 16 * block + row, which 29 bits hold.
+struct ScoreEntry {
+  float score;  // not scaled
+  uint32_t block_and_row;
+
+  __device__ __forceinline__ int row() const { return static_cast<int>(block_and_row % 16); }
+  __device__ __forceinline__ int32_t block() const { return static_cast<int32_t>(block_and_row / 16); }
+};
+
+// Stages that one sweep passes through.
+template <int kStages>
+struct StageRing {
+  Barrier full[kStages];   // it was brought
+  Barrier empty[kStages];  // all consumers are done with it
+
+  __device__ __forceinline__ void Init(int arrivals_full) {
+    for (int i = 0; i < kStages; ++i) {
+      InitBarrier(&full[i], arrivals_full);
+      InitBarrier(&empty[i], kWarps * kArrivalsOfWarp);
+    }
+  }
+};
+
+template <int kHeadDim>
+struct alignas(1024) Memory {
+  using ShapeOf = Shape<kHeadDim>;
+  static constexpr int kStages = (128 << 10) / ShapeOf::kSlotBytes;
+  using Ring = StageRing<kStages>;
+
+  char stages[kStages][ShapeOf::kSlotBytes];
+  ScoreEntry entries[kWarps][kMaxEntries];
+  int32_t spilled;
+  uint64_t votes[2][kWarps];            // for even and odd lists
+  int32_t lists[kLists][kChunkBlocks];  // list n of candidates at n % kLists
+  int32_t list_size[kLists];            // 0: there are no more
+  Tile tile;
+  Ring chunks;     // of the first sweep
+  Ring gathered;   // of the second
+  Barrier marked;  // the first sweep is done
+  Barrier list_full[kLists], list_empty[kLists];
+};
+
+// One thread, before anybody uses it.
+template <int kHeadDim>
+__device__ __forceinline__ void Init(const ShareSelectionArgs& args, Memory<kHeadDim>* memory) {
+  new (&memory->tile) Tile(args);
+  memory->spilled = 0;
+  memory->chunks.Init(1);
+  memory->gathered.Init(kWarpgroupThreads);
+  InitBarrier(&memory->marked, kWarps * kArrivalsOfWarp);
+  for (int i = 0; i < kLists; ++i) {
+    InitBarrier(&memory->list_full[i], 1);
+    InitBarrier(&memory->list_empty[i], kWarps * kArrivalsOfWarp);
+  }
+  PublishBarriers();
+}
+
+// What a whole warp did before is released by it.
+__device__ __forceinline__ void ArriveAsWarp(Barrier* barrier) {
+  __syncwarp();
+  if (kEachLaneArrives || attention::Lane() == 0) Arrive(barrier);
+}
+
+// Waits for all that consume.
+__device__ __forceinline__ void SyncConsumers() {
+  asm volatile("bar.sync %0, %1;\n" ::"n"(kRowBlocks + 2), "n"(kConsumerThreads) : "memory");
+}
+// Waits for all threads of a warpgroup: 0 .. 2 consume, 3 produces.
+__device__ __forceinline__ void SyncWarpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(warpgroup + 1), "n"(kWarpgroupThreads) : "memory");
+}
+
+}  // namespace longfill::cuda::hopper::share
+
+#endif  // LONGFILL_KERNELS_CUDA_HOPPER_INDEX_SHARE_MEMORY_CUH_
