@@ -34,7 +34,7 @@ struct Widen {
   }
   HeadPattern operator()(const BlockShare& share) const {
     return BlockShare{share.outliers, std::max(kLeastShare, share.min_share / static_cast<double>(factor)),
-                      share.samples};
+                      share.samples, share.coarse};
   }
 };
 

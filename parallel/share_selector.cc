@@ -33,10 +33,11 @@ ShareSelector::ShareSelector(const KernelSet& kernels, const ShardPlan& plan,
     if (shares == nullptr) continue;
     const int64_t kv_head = static_cast<int64_t>(h) / geometry.q_per_kv();
     if (groups_.empty() || groups_.back().kv_head != kv_head || groups_.back().outliers != shares->outliers ||
-        groups_.back().samples != shares->samples) {
+        groups_.back().samples != shares->samples || groups_.back().coarse != shares->coarse) {
       groups_.push_back({.kv_head = kv_head,
                          .outliers = shares->outliers,
                          .samples = shares->samples,
+                         .coarse = shares->coarse,
                          .first_place = num_heads_});
     }
     groups_.back().heads.push_back(static_cast<int32_t>(h));
@@ -66,6 +67,12 @@ int64_t ShareSelector::MostRepresentatives() const {
   return most;
 }
 
+int64_t ShareSelector::MostCoarse() const {
+  int64_t most = 0;
+  for (const Group& group : groups_) most = std::max(most, group.coarse);
+  return most;
+}
+
 int64_t ShareSelector::OwnRowBlocks(int64_t local_tokens) const {
   if (RowBlocksAtOnce() == num_row_blocks_) return RowBlocksOf(local_tokens);
   return std::min(RowBlocksOf(local_tokens), RowBlocksAtOnce() / plan_.mesh().size());
@@ -80,6 +87,9 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
   const int64_t bits_bytes = HeadsAtOnce() * RowBytes();  // of a row block
   PieceLayout pieces;
   at.representatives = pieces.Add(representatives * num_key_blocks_ * key_bytes);
+  if (MostCoarse() > 0) {
+    at.coarse = pieces.Add((MostCoarse() + 1) * (num_key_blocks_ / kCoarseBlocks) * key_bytes);
+  }
   at.bits = pieces.Add(RowBlocksAtOnce() * bits_bytes);
   if (plan_.mesh().size() > 1) {
     at.own = pieces.Add(
@@ -92,7 +102,8 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
                                                        .num_rows = own_rows * kRowBlock,
                                                        .num_representatives = representatives,
                                                        .num_key_blocks = num_key_blocks_,
-                                                       .head_dim = geometry_.head_dim}),
+                                                       .head_dim = geometry_.head_dim,
+                                                       .num_coarse = MostCoarse()}),
                 kernels_.BuildBlockListsWorkspaceBytes(HeadsAtOnce(), RowBlocksAtOnce()),
                 kernels_.CountPairsWorkspaceBytes(1, plan_.num_tokens())});
   at.workspace = pieces.Add(at.workspace_bytes);
@@ -174,7 +185,18 @@ class ShareSelector::Selection {
     params.num_samples = group.samples;
     params.out = Piece<void>(several_ranks_ ? at_.own : at_.representatives);
     LF_RETURN_IF_ERROR(kernels_.Representatives(params, stream_));
-    if (!several_ranks_) return absl::OkStatus();
+    if (several_ranks_) LF_RETURN_IF_ERROR(GatherRepresentatives(group));
+    if (group.coarse == 0) return absl::OkStatus();
+    return kernels_.CoarseRepresentatives({.representatives = Piece<void>(at_.representatives),
+                                           .num_representatives = group.num_representatives(),
+                                           .num_key_blocks = selector_.num_key_blocks_,
+                                           .head_dim = selector_.geometry_.head_dim,
+                                           .num_coarse = group.coarse,
+                                           .out = Piece<void>(at_.coarse)},
+                                          stream_);
+  }
+
+  absl::Status GatherRepresentatives(const Group& group) {
     return GatherPlanes(
         {.num_planes = group.num_representatives(),
          .row_bytes = key_bytes_,
@@ -208,6 +230,8 @@ class ShareSelector::Selection {
                            kernels_.compute_dtype());
     params.own_k_row_stride = k.row_stride;
     params.num_key_blocks = selector_.num_key_blocks_;
+    params.coarse = Piece<void>(at_.coarse);
+    params.num_coarse = part.group.coarse;
     params.head_dim = selector_.geometry_.head_dim;
     params.scale = selector_.geometry_.scale;
     params.min_share = std::span(part.group.min_share).subspan(part.first_head, part.num_heads);

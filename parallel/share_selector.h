@@ -42,7 +42,7 @@ class ShareSelector {
   // Heads that read the same representatives, ascending.
   struct Group {
     int64_t kv_head = 0;
-    int64_t outliers = 0, samples = 0;
+    int64_t outliers = 0, samples = 0, coarse = 0;
     int64_t num_representatives() const { return NumRepresentatives(samples, outliers); }
     int64_t first_place = 0;     // of its first head among the block-share heads
     std::vector<int32_t> heads;  // query heads
@@ -51,7 +51,7 @@ class ShareSelector {
 
   // Offsets of the pieces of a rank's scratch.
   struct Scratch {
-    int64_t representatives = 0, bits = 0, workspace = 0;
+    int64_t representatives = 0, coarse = 0, bits = 0, workspace = 0;
     int64_t own = 0, gathered = 0;  // where there are several ranks
     int64_t workspace_bytes = 0;
     int64_t total_bytes = 0;
@@ -61,6 +61,7 @@ class ShareSelector {
   int64_t HeadsAtOnce() const;      // whose bits are kept together; 1 where those of one head are too many
   int64_t RowBlocksAtOnce() const;  // of the prompt, for each of these heads
   int64_t MostRepresentatives() const;
+  int64_t MostCoarse() const;
   int64_t OwnRowBlocks(int64_t local_tokens) const;  // at most, of those
 
   const KernelSet& kernels_;

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -33,11 +34,10 @@ struct ShareFigures {
   int64_t num_tokens = 0;
   Timing index;                                       // of the layer, pairs counted
   std::vector<std::pair<std::string, Timing>> steps;  // of the first KV head and its query heads
-  double score_flop = 0;                              // of one sweep of these query heads
+  // Of one sweep of these query heads, in the selection; none with two levels, which leave out most of it.
+  std::optional<double> score_tflops;
   double density = 0;
   int64_t checked_pairs = 0;  // of a row block and a key block
-
-  double ScoreTflops() const { return score_flop * 1e-12 / steps[1].second.median; }
 };
 
 // Queries and keys of one length, and what is measured on them.
@@ -65,15 +65,19 @@ class SharesBench {
     LF_RETURN_IF_ERROR(TimeIndex(&figures));
     LF_RETURN_IF_ERROR(TimeSteps(&figures));
     LF_ASSIGN_OR_RETURN(figures.checked_pairs, Check());
-    const int64_t pairs = num_row_blocks_ * (num_row_blocks_ - 1) / 2;  // of a row block and one before it
-    figures.score_flop = 2.0 * static_cast<double>(options_.head_dim * kRowBlock * group_) *
-                         static_cast<double>(num_representatives()) * static_cast<double>(pairs);
+    if (pattern_.coarse == 0) figures.score_tflops = ScoreFlop() * 1e-12 / figures.steps[1].second.median;
     return figures;
   }
 
  private:
   int64_t dim() const { return options_.head_dim; }
   int64_t num_representatives() const { return NumRepresentatives(pattern_.samples, pattern_.outliers); }
+  int64_t num_coarse_blocks() const { return pattern_.coarse == 0 ? 0 : num_key_blocks_ / kCoarseBlocks; }
+  double ScoreFlop() const {
+    const int64_t pairs = num_row_blocks_ * (num_row_blocks_ - 1) / 2;  // of a row block and one before it
+    return 2.0 * static_cast<double>(dim() * kRowBlock * group_) *
+           static_cast<double>(num_representatives()) * static_cast<double>(pairs);
+  }
   HeadsView<const void> Heads(const Buffer& rows) const { return {rows.data(), num_tokens_ * dim(), dim()}; }
 
   absl::Status Allocate() {
@@ -85,14 +89,17 @@ class SharesBench {
     LF_ASSIGN_OR_RETURN(
         representatives_,
         allocate(num_representatives() * num_key_blocks_ * dim() * DTypeBytes(dtype_), "representatives"));
+    LF_ASSIGN_OR_RETURN(coarse_,
+                        allocate((pattern_.coarse + 1) * num_coarse_blocks() * dim() * DTypeBytes(dtype_),
+                                 "coarse representatives"));
     LF_ASSIGN_OR_RETURN(bits_, allocate(group_ * num_row_blocks_ * words_ * 8, "bits of row blocks"));
     LF_ASSIGN_OR_RETURN(row_offsets_, allocate(group_ * (num_row_blocks_ + 1) * 8, "row offsets"));
     LF_ASSIGN_OR_RETURN(key_blocks_, allocate(Capacity() * 4, "lists of key blocks"));
     LF_ASSIGN_OR_RETURN(num_entries_, allocate(8, "the number of entries"));
     LF_ASSIGN_OR_RETURN(
         workspace_,
-        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes(
-                              {group_, num_tokens_, num_representatives(), num_key_blocks_, dim()}),
+        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes({group_, num_tokens_, num_representatives(),
+                                                                 num_key_blocks_, dim(), pattern_.coarse}),
                           kernels_.BuildBlockListsWorkspaceBytes(group_, num_row_blocks_)),
                  "the workspace of selection"));
     return absl::OkStatus();
@@ -140,6 +147,15 @@ class SharesBench {
                                      .out = representatives_.data()},
                                     stream_);
   }
+  absl::Status RepresentCoarse() {
+    return kernels_.CoarseRepresentatives({.representatives = representatives_.data(),
+                                           .num_representatives = num_representatives(),
+                                           .num_key_blocks = num_key_blocks_,
+                                           .head_dim = dim(),
+                                           .num_coarse = pattern_.coarse,
+                                           .out = coarse_.data()},
+                                          stream_);
+  }
   absl::Status Select() {
     return kernels_.SelectByShare({.q = Heads(q_),
                                    .num_heads = group_,
@@ -150,6 +166,8 @@ class SharesBench {
                                    .own_k = k_.data(),
                                    .own_k_row_stride = dim(),
                                    .num_key_blocks = num_key_blocks_,
+                                   .coarse = coarse_.data(),
+                                   .num_coarse = pattern_.coarse,
                                    .head_dim = dim(),
                                    .scale = scale_,
                                    .min_share = min_share_,
@@ -172,10 +190,13 @@ class SharesBench {
   }
 
   absl::Status TimeSteps(ShareFigures* figures) {
-    const std::pair<const char*, std::function<absl::Status()>> steps[] = {
+    std::vector<std::pair<const char*, std::function<absl::Status()>>> steps = {
         {"representatives", [this] { return Represent(); }},
         {"selection", [this] { return Select(); }},
         {"lists", [this] { return MakeLists(); }}};
+    if (pattern_.coarse > 0) {
+      steps.insert(steps.begin() + 1, {"coarse representatives", [this] { return RepresentCoarse(); }});
+    }
     LF_ASSIGN_OR_RETURN(const std::unique_ptr<Event> begin, backend_.NewEvent());
     LF_ASSIGN_OR_RETURN(const std::unique_ptr<Event> end, backend_.NewEvent());
     for (const auto& [name, step] : steps) {
@@ -208,6 +229,8 @@ class SharesBench {
     LF_ASSIGN_OR_RETURN(
         const std::vector<float> representatives,
         DownloadRows(representatives_.data(), num_representatives() * num_key_blocks_ * dim()));
+    LF_ASSIGN_OR_RETURN(const std::vector<float> coarse,
+                        DownloadRows(coarse_.data(), (pattern_.coarse + 1) * num_coarse_blocks() * dim()));
     int64_t decided = 0;
     for (int64_t i = 1; i <= kCheckedRowBlocks; ++i) {
       const int64_t m = std::max<int64_t>(0, num_row_blocks_ * i / kCheckedRowBlocks - 1);
@@ -223,14 +246,16 @@ class SharesBench {
       LF_RETURN_IF_ERROR(stream_.Sync());
       LF_ASSIGN_OR_RETURN(const std::vector<float> own_k,
                           DownloadRows(Advance(k_.data(), first_row * dim(), dtype_), num_rows * dim()));
-      const std::vector<double> shares = LargestShares({q, own_k, num_rows}, m, representatives);
+      const Bounds shares = LargestShares({q, own_k, num_rows}, m, representatives, coarse);
       for (int64_t b = 1; b + kForcedNearestBlocks <= m; ++b) {
         const bool kept = (bits[b / 64] >> (b % 64) & 1) != 0;
-        const double ratio = shares[b] / pattern_.min_share;
-        if (std::abs(ratio - 1) < kShareTolerance) continue;
-        if (kept != (ratio > 1)) {
+        const bool must = shares.least[b] > pattern_.min_share * (1 + kShareTolerance);
+        const bool may = shares.most[b] > pattern_.min_share * (1 - kShareTolerance);
+        if (must != may) continue;
+        if (kept != must) {
           return absl::InternalError(absl::StrCat("row block ", m, kept ? " keeps" : " drops", " key block ",
-                                                  b, ", whose largest share is ", shares[b]));
+                                                  b, ", whose largest share is in [", shares.least[b], ", ",
+                                                  shares.most[b], "]"));
         }
         ++decided;
       }
@@ -244,33 +269,94 @@ class SharesBench {
     const std::vector<float>& k;
     int64_t num_rows = 0;
   };
-  // That a row gives each of the first `num_blocks` key blocks, by the definition (head_pattern.h).
-  std::vector<double> LargestShares(const RowsOfBlock& rows, int64_t num_blocks,
-                                    const std::vector<float>& representatives) const {
+  // What represents the blocks of a level, [count, num_blocks, dim].
+  struct Level {
+    const std::vector<float>& representatives;
+    int64_t count = 0;
+    int64_t num_blocks = 0;
+  };
+  double Score(const float* q, const Level& level, int64_t block, int64_t num_samples) const {
     const double sample_bonus =
-        pattern_.samples == 0
-            ? 0
-            : std::log(static_cast<double>(kRowBlock) / static_cast<double>(pattern_.samples));
-    std::vector<double> largest(static_cast<size_t>(num_blocks), 0);
+        num_samples == 0 ? 0 : std::log(static_cast<double>(kRowBlock) / static_cast<double>(num_samples));
+    double score = -INFINITY;
+    for (int64_t r = 0; r < level.count; ++r) {
+      const float* representative = level.representatives.data() + (r * level.num_blocks + block) * dim();
+      const double bonus = r < num_samples ? sample_bonus : 0;
+      score = std::max(score, scale_ * Dot<double>(q, representative, dim()) + bonus);
+    }
+    return score;
+  }
+
+  // log of the sum of exp(score).
+  static double LogSum(const std::vector<double>& scores) {
+    const double highest = scores.empty() ? -INFINITY : *std::ranges::max_element(scores);
+    if (highest == -INFINITY) return highest;
+    double sum = 0;
+    for (const double score : scores) sum += std::exp(score - highest);
+    return highest + std::log(sum);
+  }
+
+  // Between which values: not the same where rounding may open a coarse block or close it.
+  struct Bounds {
+    std::vector<double> least, most;
+  };
+  // The largest share that a row gives each of the first `num_blocks` key blocks, by the definition
+  // (head_pattern.h).
+  Bounds LargestShares(const RowsOfBlock& rows, int64_t num_blocks, const std::vector<float>& representatives,
+                       const std::vector<float>& coarse) const {
+    const Level level = {representatives, num_representatives(), num_key_blocks_};
+    const CoarseShares of_coarse = SharesOfCoarse(rows, num_blocks, coarse);
+    const auto opens_at = [&](int64_t block, double share) {
+      const int64_t c = block / kCoarseBlocks;
+      return c >= std::ssize(of_coarse.largest) || of_coarse.largest[c] >= share;
+    };
+    const double open_share = kOpenFactor * pattern_.min_share;
+    const std::vector<double> none(static_cast<size_t>(num_blocks), 0);
+    Bounds bounds = {none, none};
     for (int64_t row = 0; row < rows.num_rows; ++row) {
       const float* q = rows.q.data() + row * dim();
-      std::vector<double> scores(static_cast<size_t>(num_blocks), -INFINITY);
+      std::vector<double> open, may_be_open;  // scores, of others -infinity
       for (int64_t b = 0; b < num_blocks; ++b) {
-        for (int64_t r = 0; r < num_representatives(); ++r) {
-          const float* representative = representatives.data() + (r * num_key_blocks_ + b) * dim();
-          const double bonus = r < pattern_.samples ? sample_bonus : 0;
-          scores[b] = std::max(scores[b], scale_ * Dot<double>(q, representative, dim()) + bonus);
-        }
+        const bool may_be = opens_at(b, open_share * (1 - kShareTolerance));
+        may_be_open.push_back(may_be ? Score(q, level, b, pattern_.samples) : -INFINITY);
+        open.push_back(opens_at(b, open_share * (1 + kShareTolerance)) ? may_be_open[b] : -INFINITY);
       }
-      for (int64_t key = 0; pattern_.samples > 0 && key <= row; ++key) {
-        scores.push_back(scale_ * Dot<double>(q, rows.k.data() + key * dim(), dim()));
+      for (int64_t key = 0; pattern_.samples > 0 && key <= row; ++key) {  // where all blocks are open
+        const double score = scale_ * Dot<double>(q, rows.k.data() + key * dim(), dim());
+        open.push_back(score);
+        may_be_open.push_back(score);
       }
-      const double highest = scores.empty() ? 0 : *std::ranges::max_element(scores);
-      double sum = 0;
-      for (double& score : scores) sum += score = std::exp(score - highest);
-      for (int64_t b = 0; b < num_blocks; ++b) largest[b] = std::max(largest[b], scores[b] / sum);
+      const double least_sum = std::max(of_coarse.log_sums[row], LogSum(open));
+      const double most_sum = std::max(of_coarse.log_sums[row], LogSum(may_be_open));
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        bounds.least[b] = std::max(bounds.least[b], std::exp(open[b] - most_sum));
+        bounds.most[b] = std::max(bounds.most[b], std::exp(may_be_open[b] - least_sum));
+      }
     }
-    return largest;
+    return bounds;
+  }
+
+  struct CoarseShares {
+    std::vector<double> largest;   // that a row gives each coarse block
+    std::vector<double> log_sums;  // of each row
+  };
+  CoarseShares SharesOfCoarse(const RowsOfBlock& rows, int64_t num_key_blocks,
+                              const std::vector<float>& coarse) const {
+    const Level level = {coarse, pattern_.coarse + 1, num_coarse_blocks()};
+    const int64_t num_blocks = pattern_.coarse == 0 ? 0 : num_key_blocks / kCoarseBlocks;
+    CoarseShares shares;
+    shares.largest.resize(static_cast<size_t>(num_blocks), 0);
+    for (int64_t row = 0; row < rows.num_rows; ++row) {
+      std::vector<double> scores;
+      for (int64_t c = 0; c < num_blocks; ++c) {
+        scores.push_back(Score(rows.q.data() + row * dim(), level, c, 0));
+      }
+      shares.log_sums.push_back(LogSum(scores));
+      for (int64_t c = 0; c < num_blocks; ++c) {
+        shares.largest[c] = std::max(shares.largest[c], std::exp(scores[c] - shares.log_sums[row]));
+      }
+    }
+    return shares;
   }
 
   const BenchOptions& options_;
@@ -283,15 +369,19 @@ class SharesBench {
   const int64_t group_;  // query heads of a KV head
   const float scale_;
   const std::vector<float> min_share_;
-  Buffer q_, k_, representatives_, bits_, row_offsets_, key_blocks_, num_entries_, workspace_;
+  Buffer q_, k_, representatives_, coarse_, bits_, row_offsets_, key_blocks_, num_entries_, workspace_;
 };
 
 nlohmann::ordered_json ToJson(const ShareFigures& figures) {
   nlohmann::ordered_json steps = nlohmann::ordered_json::object();
   for (const auto& [name, timing] : figures.steps) steps[name] = ToJson(timing);
-  return {{"tokens", figures.num_tokens},     {"index_seconds", ToJson(figures.index)},
-          {"step_seconds", std::move(steps)}, {"score_tflops", figures.ScoreTflops()},
-          {"density", figures.density},       {"checked_pairs", figures.checked_pairs}};
+  nlohmann::ordered_json json = {{"tokens", figures.num_tokens},
+                                 {"index_seconds", ToJson(figures.index)},
+                                 {"step_seconds", std::move(steps)}};
+  if (figures.score_tflops) json["score_tflops"] = *figures.score_tflops;
+  json["density"] = figures.density;
+  json["checked_pairs"] = figures.checked_pairs;
+  return json;
 }
 
 std::string TextOf(const ShareFigures& figures) {
@@ -303,7 +393,10 @@ std::string TextOf(const ShareFigures& figures) {
   line("index of the layer", figures.index);
   text += "  the first KV head:\n";
   for (const auto& [name, timing] : figures.steps) line(name, timing);
-  return text + absl::StrFormat("  %.1f TFLOP/s on one sweep of scores\n", figures.ScoreTflops());
+  if (figures.score_tflops) {
+    text += absl::StrFormat("  %.1f TFLOP/s on one sweep of scores\n", *figures.score_tflops);
+  }
+  return text;
 }
 
 absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
@@ -312,7 +405,7 @@ absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
   LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(options.attention));
   if (const auto* shares = std::get_if<BlockShare>(&pattern)) return *shares;
   return absl::InvalidArgumentError(
-      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU[,S]"));
+      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU[,S[,C]]"));
 }
 
 absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
@@ -353,7 +446,7 @@ Command AddBenchShares(CLI::App& bench) {
   auto options = std::make_shared<BenchOptions>();
   AddSelectionBenchOptions(*app, *options);
   app->add_option("--attention", options->attention, "of every head (default: block-share:4,0.1)")
-      ->type_name("block-share:R,TAU[,S]");
+      ->type_name("block-share:R,TAU[,S[,C]]");
   app->add_option(
          "--q-stddev", options->q_stddev,
          "of the queries' elements, those of keys have 1: the standard deviation of scores (default: 2)")

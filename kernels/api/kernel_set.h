@@ -362,9 +362,24 @@ struct RepresentativesParams {
   void* out = nullptr;
 };
 
+// What stands for each coarse block, that is for kCoarseBlocks whole key blocks of one KV head
+// (head_pattern.h, BlockShare): in the first plane the mean of their means, formed in fp32 and rounded to the
+// compute dtype; then in plane after plane that representative of its blocks whose distance to the nearest
+// plane before it is the largest. Distances are Euclidean, in fp32, those to the mean to the one before
+// rounding; of equal ones the lower plane of representatives comes first, then the lower block. A key block
+// behind the last whole coarse block is in none.
+struct CoarseRepresentativesParams {
+  const void* representatives = nullptr;  // [num_representatives, num_key_blocks, head_dim], means first
+  int64_t num_representatives = 0;
+  int64_t num_key_blocks = 0;
+  int64_t head_dim = 0;
+  int64_t num_coarse = 0;  // in [1, kMaxOutliers]
+  void* out = nullptr;     // [num_coarse + 1, num_key_blocks / kCoarseBlocks, head_dim]
+};
+
 // Selection of key blocks by share (head_pattern.h, BlockShare), for heads that read one KV head. The result
-// of a row block depends on its queries, the representatives and, with samples, its keys alone, not on what
-// else is in the call.
+// of a row block depends on its queries, what stands for key blocks before it and, with samples, its keys:
+// not on what else is in the call.
 struct ShareSelectionParams {
   HeadsView<const void> q;  // [num_heads, num_rows, head_dim]
   int64_t num_heads = 0;
@@ -378,6 +393,9 @@ struct ShareSelectionParams {
   const void* own_k = nullptr;
   int64_t own_k_row_stride = 0;  // elements
   int64_t num_key_blocks = 0;    // at least all before the last row block
+  // Two levels, without samples: [num_coarse + 1, num_key_blocks / kCoarseBlocks, head_dim], compute dtype.
+  const void* coarse = nullptr;
+  int64_t num_coarse = 0;  // 0: one level
   int64_t head_dim = 0;
   float scale = 0;                   // multiplies q k, above 0
   std::span<const float> min_share;  // [num_heads], each in (0, 1]
@@ -394,6 +412,7 @@ struct ShareSelectionBounds {
   int64_t num_representatives = 0;
   int64_t num_key_blocks = 0;
   int64_t head_dim = 0;
+  int64_t num_coarse = 0;
 };
 
 // Bits of row blocks to lists of key blocks, head after head in one array: they follow the entries of earlier
@@ -493,6 +512,7 @@ class KernelSet {
 
   // Selection by share.
   virtual absl::Status Representatives(const RepresentativesParams& params, Stream& stream) = 0;
+  virtual absl::Status CoarseRepresentatives(const CoarseRepresentativesParams& params, Stream& stream) = 0;
   virtual int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const = 0;
   virtual absl::Status SelectByShare(const ShareSelectionParams& params, Workspace workspace,
                                      Stream& stream) = 0;

@@ -120,6 +120,9 @@ class CpuKernelSet final : public KernelSet {
   absl::Status Representatives(const RepresentativesParams& params, Stream&) override {
     return CpuRepresentatives(params, pool_);
   }
+  absl::Status CoarseRepresentatives(const CoarseRepresentativesParams& params, Stream&) override {
+    return CpuCoarseRepresentatives(params, pool_);
+  }
   int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const override {
     return CpuShareSelectionWorkspaceBytes(bounds, pool_.num_threads());
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/share_selection_simd.h"
@@ -16,6 +17,30 @@ namespace {
 constexpr int64_t kBlocksAtOnce = 8;  // key blocks whose products are kept before their maxima
 constexpr double kLog2E = 1.4426950408889634;
 
+// Rows are added in ascending order, each element by itself: the same bits on every machine.
+void FormMean(const float* rows, int64_t num_rows, int64_t row_stride, int64_t head_dim, float* mean) {
+  std::fill_n(mean, head_dim, 0.0F);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const float* at = rows + row * row_stride;
+    for (int64_t i = 0; i < head_dim; ++i) mean[i] += at[i];
+  }
+  for (int64_t i = 0; i < head_dim; ++i) mean[i] /= static_cast<float>(num_rows);
+}
+
+// Eight sums over every eighth element, so that it vectorises and still has one order.
+float SquaredDistance(const float* x, const float* y, int64_t head_dim) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < head_dim; i += 8) {
+    for (int64_t j = 0; j < 8; ++j) {
+      const float difference = x[i + j] - y[i + j];
+      sums[j] += difference * difference;
+    }
+  }
+  float sum = 0;
+  for (const float part : sums) sum += part;
+  return sum;
+}
+
 // The mean or samples of one block of keys and its outliers, to planes `plane_stride` floats apart.
 class BlockRepresentatives {
  public:
@@ -23,8 +48,10 @@ class BlockRepresentatives {
       : k_(k), row_stride_(row_stride), head_dim_(head_dim) {}
 
   void Write(int64_t num_samples, int64_t num_outliers, int64_t plane_stride, float* out) {
-    FormMean();
-    for (int64_t key = 0; key < kRowBlock; ++key) distance_[key] = SquaredDistance(key);
+    FormMean(k_, kRowBlock, row_stride_, head_dim_, mean_);
+    for (int64_t key = 0; key < kRowBlock; ++key) {
+      distance_[key] = SquaredDistance(k_ + key * row_stride_, mean_, head_dim_);
+    }
     const auto write = [&](const float* row) {
       std::copy_n(row, head_dim_, out);
       out += plane_stride;
@@ -40,31 +67,6 @@ class BlockRepresentatives {
   }
 
  private:
-  // Rows are added in ascending order, each element by itself: the same bits on every machine.
-  void FormMean() {
-    std::fill_n(mean_, head_dim_, 0.0F);
-    for (int64_t key = 0; key < kRowBlock; ++key) {
-      const float* row = k_ + key * row_stride_;
-      for (int64_t i = 0; i < head_dim_; ++i) mean_[i] += row[i];
-    }
-    for (int64_t i = 0; i < head_dim_; ++i) mean_[i] /= static_cast<float>(kRowBlock);
-  }
-
-  // Eight sums over every eighth element, so that it vectorises and still has one order.
-  float SquaredDistance(int64_t key) const {
-    const float* row = k_ + key * row_stride_;
-    float sums[8] = {};
-    for (int64_t i = 0; i < head_dim_; i += 8) {
-      for (int64_t j = 0; j < 8; ++j) {
-        const float difference = row[i + j] - mean_[i + j];
-        sums[j] += difference * difference;
-      }
-    }
-    float sum = 0;
-    for (const float part : sums) sum += part;
-    return sum;
-  }
-
   const float* const k_;
   const int64_t row_stride_;
   const int64_t head_dim_;
@@ -72,11 +74,40 @@ class BlockRepresentatives {
   float distance_[kRowBlock];
 };
 
+// Of coarse block `block`: the mean of its key blocks' means, then what is farthest from all chosen before.
+void WriteCoarseRepresentatives(const CoarseRepresentativesParams& params, int64_t block) {
+  const int64_t head_dim = params.head_dim;
+  const auto* const rows =
+      static_cast<const float*>(params.representatives) + block * kCoarseBlocks * head_dim;
+  const auto candidate = [&](int64_t n) {  // plane after plane
+    return rows + (n / kCoarseBlocks * params.num_key_blocks + n % kCoarseBlocks) * head_dim;
+  };
+  const int64_t num_candidates = params.num_representatives * kCoarseBlocks;
+  auto* chosen = static_cast<float*>(params.out) + block * head_dim;
+  FormMean(rows, kCoarseBlocks, head_dim, head_dim, chosen);
+  float distance[kCoarseBlocks * (kMaxOutliers + 1)];  // to the nearest one chosen
+  std::fill_n(distance, num_candidates, std::numeric_limits<float>::infinity());
+  for (int64_t plane = 0; plane < params.num_coarse; ++plane) {
+    for (int64_t n = 0; n < num_candidates; ++n) {
+      distance[n] = std::min(distance[n], SquaredDistance(candidate(n), chosen, head_dim));
+    }
+    const int64_t farthest =
+        std::max_element(distance, distance + num_candidates) - distance;  // the first of equals
+    chosen += params.num_key_blocks / kCoarseBlocks * head_dim;
+    std::copy_n(candidate(farthest), head_dim, chosen);
+  }
+}
+
 absl::Status CheckSelection(const ShareSelectionParams& params) {
   LF_RETURN_IF_ERROR(CheckHeadDim("share selection", params.head_dim));
   LF_RETURN_IF_ERROR(CheckKeepsTogether("share selection", params.positions, kRowBlock, params.num_rows));
   LF_RETURN_IF_ERROR(CheckReadsRepresentatives("share selection", params.num_representatives,
                                                params.num_samples, params.own_k));
+  LF_RETURN_IF_ERROR(CheckCoarse("share selection: num_", params.num_coarse, params.num_samples));
+  if (params.num_coarse > 0 && params.num_key_blocks >= kCoarseBlocks && params.coarse == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat("share selection: num_coarse ", params.num_coarse,
+                                                   " without the representatives of coarse blocks, coarse"));
+  }
   const int64_t last = params.positions.Position(params.num_rows - 1) / kRowBlock;
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "num_key_blocks", params.num_key_blocks, last));
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "words_per_row", params.words_per_row, last / 64 + 1));
@@ -96,58 +127,90 @@ absl::Status CheckSelection(const ShareSelectionParams& params) {
   return absl::OkStatus();
 }
 
-// One row block against all key blocks before it, in the scratch of one worker. Scores of a row block are
-// kept, so that each is formed once: 256 bytes for a key block.
+// What represents the blocks of a level: key blocks or coarse blocks.
+struct Level {
+  const void* representatives = nullptr;  // [of_block.num, num_blocks, head_dim]
+  int64_t num_blocks = 0;
+  BlockRows of_block;
+};
+
+// One row block against all key blocks before it that are open, in the scratch of one worker. Scores of a row
+// block are kept, so that each is formed once: 256 bytes for a key block.
 class ShareSelectionTask {
  public:
-  static int64_t ScratchBytes(int64_t head_dim, int64_t num_key_blocks, int64_t num_representatives) {
-    const int64_t lines = head_dim + num_key_blocks + kBlocksAtOnce * num_representatives + kRowBlock +
-                          4;  // of kTileLanes floats
+  static int64_t ScratchBytes(const ShareSelectionBounds& bounds) {
+    const int64_t lines = bounds.head_dim + bounds.num_key_blocks + kBlocksAtOnce * MostRowsOfBlock(bounds) +
+                          kRowBlock + 6;  // of kTileLanes floats
     return lines * kTileLanes * static_cast<int64_t>(sizeof(float)) +
-           kBlocksAtOnce * num_representatives * static_cast<int64_t>(sizeof(const float*));
+           kBlocksAtOnce * MostRowsOfBlock(bounds) * static_cast<int64_t>(sizeof(const float*)) +
+           WordsOf(bounds.num_key_blocks) * static_cast<int64_t>(sizeof(uint64_t)) +
+           bounds.num_key_blocks * static_cast<int64_t>(sizeof(int32_t));
   }
 
-  ShareSelectionTask(const ShareSelectionParams& params, char* scratch) : params_(params) {
-    of_block_ = {.num = params.num_representatives, .num_samples = params.num_samples};
+  ShareSelectionTask(const ShareSelectionParams& params, const ShareSelectionBounds& bounds, char* scratch)
+      : params_(params) {
+    fine_ = {params.representatives,
+             params.num_key_blocks,
+             {.num = params.num_representatives, .num_samples = params.num_samples}};
     if (params.num_samples > 0) {  // in units of log2, as queries are
-      of_block_.sample_bonus =
+      fine_.of_block.sample_bonus =
           std::log2(static_cast<float>(kRowBlock) / static_cast<float>(params.num_samples));
     }
+    coarse_ = {params.coarse, params.num_key_blocks / kCoarseBlocks, {.num = params.num_coarse + 1}};
     packed_ = reinterpret_cast<float*>(scratch);
     scores_ = packed_ + params.head_dim * kTileLanes;
     products_ = scores_ + params.num_key_blocks * kTileLanes;
-    row_max_ = products_ + kBlocksAtOnce * params.num_representatives * kTileLanes;
+    row_max_ = products_ + kBlocksAtOnce * MostRowsOfBlock(bounds) * kTileLanes;
     row_sum_ = row_max_ + kTileLanes;
     threshold_ = row_sum_ + kTileLanes;
     own_sum_ = threshold_ + kTileLanes;
-    own_ = own_sum_ + kTileLanes;
+    coarse_max_ = own_sum_ + kTileLanes;
+    coarse_sum_ = coarse_max_ + kTileLanes;
+    own_ = coarse_sum_ + kTileLanes;
     rows_ = reinterpret_cast<const float**>(own_ + kRowBlock * kTileLanes);
+    votes_ = reinterpret_cast<uint64_t*>(rows_ + kBlocksAtOnce * MostRowsOfBlock(bounds));
+    blocks_ = reinterpret_cast<int32_t*>(votes_ + WordsOf(params.num_key_blocks));
   }
 
   void Run(int64_t head, int64_t local_block) {
     const int64_t first_row = local_block * kRowBlock;
     const int64_t num_rows = std::min(kRowBlock, params_.num_rows - first_row);
     const int64_t row_block = params_.positions.Position(first_row) / kRowBlock;
+    const int64_t num_coarse_blocks = params_.num_coarse == 0 ? 0 : row_block / kCoarseBlocks;
     uint64_t* const bits =
         params_.bits + (head * RowBlocksOf(params_.num_rows) + local_block) * params_.words_per_row;
     std::fill_n(bits, params_.words_per_row, 0);
     Pack(head, first_row, num_rows);
-    Score(row_block);
-    if (params_.num_samples > 0) ScoreOwn(first_row, num_rows);
-    ExponentiateBlocks(row_max_, row_block, scores_, row_sum_);
-    if (params_.num_samples > 0) AddOwn(num_rows);
-    for (int64_t lane = 0; lane < kTileLanes; ++lane) {
-      threshold_[lane] =
-          lane < num_rows ? params_.min_share[head] * row_sum_[lane] : std::numeric_limits<float>::infinity();
+    std::fill_n(row_max_, kTileLanes, -std::numeric_limits<float>::infinity());
+    if (num_coarse_blocks > 0) {
+      ScoreCoarse(num_coarse_blocks);
+      Vote(static_cast<float>(kOpenFactor) * params_.min_share[head], coarse_sum_, num_rows,
+           num_coarse_blocks);
     }
-    VoteForBlocks(scores_, row_block, threshold_, bits);
-    bits[0] |= 1;
+    const int64_t num_open = ListOpen(num_coarse_blocks, row_block);
+    Score(fine_, num_open);
+    if (params_.num_samples > 0) ScoreOwn(first_row, num_rows);
+    ExponentiateBlocks(row_max_, num_open, scores_, row_sum_);
+    if (params_.num_samples > 0) AddOwn(num_rows);
+    if (num_coarse_blocks > 0) RaiseToCoarseSum();
+    Vote(params_.min_share[head], row_sum_, num_rows, num_open);
+    for (int64_t i = 0; i < num_open; ++i) {
+      if (HasVote(i)) SetBit(bits, blocks_[i]);
+    }
+    SetBit(bits, 0);
     for (int64_t n = std::max<int64_t>(0, row_block - kForcedNearestBlocks + 1); n <= row_block; ++n) {
-      bits[n / 64] |= uint64_t{1} << (n % 64);
+      SetBit(bits, n);
     }
   }
 
  private:
+  static int64_t WordsOf(int64_t num_bits) { return (num_bits + 63) / 64; }
+  static int64_t MostRowsOfBlock(const ShareSelectionBounds& bounds) {
+    return std::max(bounds.num_representatives, bounds.num_coarse + 1);
+  }
+  static void SetBit(uint64_t* bits, int64_t n) { bits[n / 64] |= uint64_t{1} << (n % 64); }
+  bool HasVote(int64_t n) const { return (votes_[n / 64] >> (n % 64) & 1) != 0; }
+
   // Queries in units of log2; lanes without a row are zero and have no vote.
   void Pack(int64_t head, int64_t first_row, int64_t num_rows) {
     const auto factor = static_cast<float>(params_.scale * kLog2E);
@@ -161,21 +224,50 @@ class ShareSelectionTask {
     }
   }
 
-  void Score(int64_t num_blocks) {
-    const auto* representatives = static_cast<const float*>(params_.representatives);
-    const int64_t plane = params_.num_key_blocks * params_.head_dim;
-    std::fill_n(row_max_, kTileLanes, -std::numeric_limits<float>::infinity());
+  // Of the first `num_blocks` of blocks_, which are blocks of the level, to scores_; raises row_max_ to them.
+  void Score(const Level& level, int64_t num_blocks) {
+    const auto* representatives = static_cast<const float*>(level.representatives);
+    const int64_t plane = level.num_blocks * params_.head_dim;
+    const int64_t num = level.of_block.num;
     for (int64_t begin = 0; begin < num_blocks; begin += kBlocksAtOnce) {
       const int64_t count = std::min(kBlocksAtOnce, num_blocks - begin);
       for (int64_t b = 0; b < count; ++b) {
-        for (int64_t r = 0; r < params_.num_representatives; ++r) {
-          rows_[b * params_.num_representatives + r] =
-              representatives + r * plane + (begin + b) * params_.head_dim;
+        for (int64_t r = 0; r < num; ++r) {
+          rows_[b * num + r] = representatives + r * plane + blocks_[begin + b] * params_.head_dim;
         }
       }
-      ScoreBlocks(packed_, params_.head_dim, rows_, count, of_block_, products_, scores_ + begin * kTileLanes,
-                  row_max_);
+      ScoreBlocks(packed_, params_.head_dim, rows_, count, level.of_block, products_,
+                  scores_ + begin * kTileLanes, row_max_);
     }
+  }
+
+  // Leaves exponentials of the scores of the first `num_blocks` coarse blocks in scores_, and row_max_ at
+  // their maxima.
+  void ScoreCoarse(int64_t num_blocks) {
+    std::iota(blocks_, blocks_ + num_blocks, 0);
+    Score(coarse_, num_blocks);
+    std::copy_n(row_max_, kTileLanes, coarse_max_);
+    ExponentiateBlocks(row_max_, num_blocks, scores_, coarse_sum_);
+  }
+
+  // To blocks_, those before the row block whose coarse block has a vote or does not end before the row
+  // block; returns their number.
+  int64_t ListOpen(int64_t num_coarse_blocks, int64_t row_block) {
+    int64_t num_open = 0;
+    for (int64_t b = 0; b < row_block; ++b) {
+      const int64_t coarse = b / kCoarseBlocks;
+      if (coarse >= num_coarse_blocks || HasVote(coarse)) blocks_[num_open++] = static_cast<int32_t>(b);
+    }
+    return num_open;
+  }
+
+  // To votes_, which of the first `num_blocks` of scores_ are at least `share` of the sum in some row.
+  void Vote(float share, const float* sum, int64_t num_rows, int64_t num_blocks) {
+    for (int64_t lane = 0; lane < kTileLanes; ++lane) {
+      threshold_[lane] = lane < num_rows ? share * sum[lane] : std::numeric_limits<float>::infinity();
+    }
+    std::fill_n(votes_, WordsOf(num_blocks), 0);
+    VoteForBlocks(scores_, num_blocks, threshold_, votes_);
   }
 
   // The keys of the row block itself, those after a row hidden from it.
@@ -201,17 +293,29 @@ class ShareSelectionTask {
     for (int64_t lane = 0; lane < kTileLanes; ++lane) row_sum_[lane] += own_sum_[lane];
   }
 
+  // Sums of coarse blocks are relative to coarse_max_, others to row_max_, which is at least that.
+  void RaiseToCoarseSum() {
+    ExponentiateBlocks(row_max_, 1, coarse_max_, threshold_);  // now factors; what they add up to is not read
+    for (int64_t lane = 0; lane < kTileLanes; ++lane) {
+      row_sum_[lane] = std::max(row_sum_[lane], coarse_sum_[lane] * coarse_max_[lane]);
+    }
+  }
+
   const ShareSelectionParams& params_;
-  BlockRows of_block_;
+  Level fine_, coarse_;
   float* packed_;    // [head_dim, kTileLanes]
   float* scores_;    // [num_key_blocks, kTileLanes]
-  float* products_;  // [kBlocksAtOnce * num_representatives, kTileLanes]
-  float* row_max_;   // [kTileLanes] each, as are those up to own_sum_
+  float* products_;  // [kBlocksAtOnce * rows that represent a block, kTileLanes]
+  float* row_max_;   // [kTileLanes] each, as are those up to coarse_sum_
   float* row_sum_;
   float* threshold_;
   float* own_sum_;
+  float* coarse_max_;
+  float* coarse_sum_;
   float* own_;          // [kRowBlock, kTileLanes]: scores of the keys of the row block
-  const float** rows_;  // [kBlocksAtOnce * num_representatives]
+  const float** rows_;  // [kBlocksAtOnce * rows that represent a block]
+  uint64_t* votes_;     // bits of as many blocks
+  int32_t* blocks_;     // [num_key_blocks]: those of which scores_ are
 };
 
 int64_t NumShares(int64_t num_tasks, int num_threads) { return std::min<int64_t>(num_tasks, num_threads); }
@@ -239,10 +343,21 @@ absl::Status CpuRepresentatives(const RepresentativesParams& params, ThreadPool&
   return absl::OkStatus();
 }
 
+absl::Status CpuCoarseRepresentatives(const CoarseRepresentativesParams& params, ThreadPool& pool) {
+  LF_RETURN_IF_ERROR(CheckAtLeast("coarse representatives", "num_key_blocks", params.num_key_blocks, 0));
+  LF_RETURN_IF_ERROR(CheckHeadDim("coarse representatives", params.head_dim));
+  LF_RETURN_IF_ERROR(
+      CheckReadsRepresentatives("coarse representatives", params.num_representatives, 0, nullptr));
+  LF_RETURN_IF_ERROR(CheckAtLeast("coarse representatives", "num_coarse", params.num_coarse, 1));
+  LF_RETURN_IF_ERROR(CheckCoarse("coarse representatives: num_", params.num_coarse, 0));
+  pool.ParallelFor(params.num_key_blocks / kCoarseBlocks,
+                   [&](int64_t block, int) { WriteCoarseRepresentatives(params, block); });
+  return absl::OkStatus();
+}
+
 int64_t CpuShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds, int num_threads) {
-  return PartsBytes(
-      NumShares(bounds.num_heads * RowBlocksOf(bounds.num_rows), num_threads),
-      ShareSelectionTask::ScratchBytes(bounds.head_dim, bounds.num_key_blocks, bounds.num_representatives));
+  return PartsBytes(NumShares(bounds.num_heads * RowBlocksOf(bounds.num_rows), num_threads),
+                    ShareSelectionTask::ScratchBytes(bounds));
 }
 
 absl::Status CpuSelectByShare(const ShareSelectionParams& params, Workspace workspace, ThreadPool& pool) {
@@ -250,18 +365,17 @@ absl::Status CpuSelectByShare(const ShareSelectionParams& params, Workspace work
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "num_rows", params.num_rows, 0));
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(CheckSelection(params));
-  const ShareSelectionBounds bounds = {params.num_heads, params.num_rows, params.num_representatives,
-                                       params.num_key_blocks, params.head_dim};
+  const ShareSelectionBounds bounds = {params.num_heads,      params.num_rows, params.num_representatives,
+                                       params.num_key_blocks, params.head_dim, params.num_coarse};
   LF_RETURN_IF_ERROR(CheckWorkspace("share selection", workspace,
                                     CpuShareSelectionWorkspaceBytes(bounds, pool.num_threads())));
   const int64_t row_blocks = RowBlocksOf(params.num_rows);
   const int64_t tasks = params.num_heads * row_blocks;
   const int64_t shares = NumShares(tasks, pool.num_threads());
-  const int64_t part_bytes =
-      ShareSelectionTask::ScratchBytes(params.head_dim, params.num_key_blocks, params.num_representatives);
+  const int64_t part_bytes = ShareSelectionTask::ScratchBytes(bounds);
   // A share of the tasks for each piece of scratch, dealt so that long and short rows mix.
   pool.ParallelFor(shares, [&](int64_t share, int) {
-    ShareSelectionTask task(params, PartOf(workspace, share, part_bytes));
+    ShareSelectionTask task(params, bounds, PartOf(workspace, share, part_bytes));
     for (int64_t i = share; i < tasks; i += shares) task.Run(i / row_blocks, i % row_blocks);
   });
   return absl::OkStatus();

@@ -164,11 +164,18 @@ class CudaKernelSet final : public KernelSet {
   absl::Status Representatives(const RepresentativesParams& params, Stream& stream) override {
     return On(stream, [&](cudaStream_t cuda) { return CudaRepresentatives(params, compute_dtype_, cuda); });
   }
-  int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& /*bounds*/) const override { return 0; }
-  absl::Status SelectByShare(const ShareSelectionParams& params, Workspace /*workspace*/,
-                             Stream& stream) override {
+  absl::Status CoarseRepresentatives(const CoarseRepresentativesParams& params, Stream& stream) override {
     return On(stream,
-              [&](cudaStream_t cuda) { return CudaSelectByShare(params, compute_dtype_, limits_, cuda); });
+              [&](cudaStream_t cuda) { return CudaCoarseRepresentatives(params, compute_dtype_, cuda); });
+  }
+  int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const override {
+    return CudaShareSelectionWorkspaceBytes(bounds);
+  }
+  absl::Status SelectByShare(const ShareSelectionParams& params, Workspace workspace,
+                             Stream& stream) override {
+    return On(stream, [&](cudaStream_t cuda) {
+      return CudaSelectByShare(params, workspace, compute_dtype_, limits_, cuda);
+    });
   }
   int64_t BuildBlockListsWorkspaceBytes(int64_t num_heads, int64_t num_row_blocks) const override {
     return CudaBuildBlockListsWorkspaceBytes(num_heads, num_row_blocks);

@@ -14,7 +14,7 @@ namespace longfill {
 namespace {
 
 constexpr std::string_view kForms =
-    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or block-share:R,TAU[,S]";
+    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or block-share:R,TAU[,S[,C]]";
 
 // Positions are int32 everywhere, so no budget can mean more.
 constexpr int64_t kMaxBudget = std::numeric_limits<int32_t>::max();
@@ -57,6 +57,7 @@ struct PatternCheck {
   }
   absl::Status operator()(const BlockShare& p) const {
     LF_RETURN_IF_ERROR(CheckRepresentatives("block-share: ", p.samples, p.outliers));
+    LF_RETURN_IF_ERROR(CheckCoarse("block-share: ", p.coarse, p.samples));
     if (p.min_share >= kLeastShare && p.min_share <= 1) return absl::OkStatus();
     return absl::InvalidArgumentError(absl::StrCat("block-share: min_share ", ShortestDecimal(p.min_share),
                                                    " is not in [", ShortestDecimal(kLeastShare), ", 1]"));
@@ -82,7 +83,7 @@ bool ParseDecimal(std::string_view text, double* value) {
   return error == std::errc() && after == text.data() + text.size();
 }
 
-// "R,TAU" or "R,TAU,S"
+// "R,TAU", "R,TAU,S" or "R,TAU,S,C". A 0 at the end is not written, so that a pattern has one form.
 bool ParseBlockShare(std::string_view text, BlockShare* pattern) {
   const size_t comma = text.find(',');
   if (comma == std::string_view::npos ||
@@ -92,9 +93,14 @@ bool ParseBlockShare(std::string_view text, BlockShare* pattern) {
   text.remove_prefix(comma + 1);
   const size_t second = text.find(',');
   if (!ParseDecimal(text.substr(0, second), &pattern->min_share)) return false;
-  // A 0 is not written, so that a pattern has one form.
-  return second == std::string_view::npos ||
-         (ParseIntegers(text.substr(second + 1), std::span(&pattern->samples, 1)) && pattern->samples != 0);
+  if (second == std::string_view::npos) return true;
+  text.remove_prefix(second + 1);
+  int64_t counts[2] = {0, 0};
+  const size_t given = text.find(',') == std::string_view::npos ? 1 : 2;
+  if (!ParseIntegers(text, std::span(counts).first(given)) || counts[given - 1] == 0) return false;
+  pattern->samples = counts[0];
+  pattern->coarse = counts[1];
+  return true;
 }
 
 }  // namespace
@@ -146,6 +152,7 @@ std::string ToString(const HeadPattern& pattern) {
     std::string operator()(const BlockSparse& p) const { return absl::StrCat("block-sparse:", p.num_blocks); }
     std::string operator()(const BlockShare& p) const {
       const std::string text = absl::StrCat("block-share:", p.outliers, ",", ShortestDecimal(p.min_share));
+      if (p.coarse != 0) return absl::StrCat(text, ",", p.samples, ",", p.coarse);
       return p.samples == 0 ? text : absl::StrCat(text, ",", p.samples);
     }
   };

@@ -53,16 +53,28 @@ struct BlockSparse {
 // < S; ln(64 / S) is added to the products with them, since each stands for so many keys, and not to those
 // with outliers, which are still the farthest from the mean; and the keys of the row's own block, up to its
 // own, are in its softmax, each by its own product.
+//
+// With `coarse` (C) there are two levels, for prompts so long that scores of all blocks take longer than the
+// attention that they leave. A coarse block is kCoarseBlocks key blocks; it is represented by the mean of
+// their means and by C of their representatives, each the one that is farthest from that mean and from all
+// chosen before it. Scores of coarse blocks and the softmax over those that lie wholly before the row's block
+// are as for key blocks; a coarse block is open to a 64-row query block if some row gives it a share of at
+// least kOpenFactor * tau, and so are the key blocks behind the last coarse block that is wholly before. Only
+// blocks that are open have scores, and a share is exp(score) over the larger of two sums: that of exp(score)
+// over open blocks, and that of exp(coarse score) over all coarse blocks.
 struct BlockShare {
   int64_t outliers = 0;
   double min_share = 0;
   int64_t samples = 0;  // 0: the mean; else a power of two
+  int64_t coarse = 0;   // 0: one level; else without samples
   friend bool operator==(const BlockShare&, const BlockShare&) = default;
 };
 // Together with samples: more than a quarter of a block is as dear as attention itself.
 inline constexpr int64_t kMaxOutliers = 16;
 inline constexpr double kLeastShare = 1e-30;        // min_share is fp32 in kernels
 inline constexpr int64_t kForcedNearestBlocks = 4;  // of BlockShare
+inline constexpr int64_t kCoarseBlocks = 8;         // key blocks of a coarse block
+inline constexpr double kOpenFactor = 0.5;
 // Of a key block.
 constexpr int64_t NumRepresentatives(int64_t samples, int64_t outliers) {
   return (samples == 0 ? 1 : samples) + outliers;
@@ -73,8 +85,8 @@ constexpr int64_t SampledKey(int64_t samples, int64_t i) { return 64 / samples *
 using HeadPattern = std::variant<Dense, AShape, VerticalSlash, BlockSparse, BlockShare>;
 
 // InvalidArgument naming the field and value: negative budgets, n_local < 1, vertical + slash < 1, num_blocks
-// < 1, outliers and samples above kMaxOutliers, samples that are no power of two, min_share not in
-// [kLeastShare, 1].
+// < 1, outliers and samples above kMaxOutliers, samples that are no power of two, coarse above kMaxOutliers
+// or with samples, min_share not in [kLeastShare, 1].
 absl::Status Validate(const HeadPattern& pattern);
 
 // What a head with this pattern computes in a layer whose queries see the `window` keys up to their own alone
@@ -83,8 +95,8 @@ absl::Status Validate(const HeadPattern& pattern);
 // pattern the whole window, as AShape{0, window}, which is at least what the pattern selects inside of it.
 HeadPattern BoundByWindow(const HeadPattern& pattern, int64_t window, int64_t num_tokens);
 
-// "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU" or
-// "block-share:R,TAU,S" (TAU a decimal number); the result has passed Validate.
+// "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU",
+// "block-share:R,TAU,S" or "block-share:R,TAU,0,C" (TAU a decimal number); the result has passed Validate.
 absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text);
 std::string ToString(const HeadPattern& pattern);  // inverse of ParseHeadPattern
 

@@ -18,6 +18,16 @@ absl::Status CheckRepresentatives(const std::string& where, int64_t num_samples,
   return absl::InvalidArgumentError(absl::StrCat(where, "samples ", num_samples, " is not a power of two"));
 }
 
+absl::Status CheckCoarse(const std::string& where, int64_t num_coarse, int64_t num_samples) {
+  if (num_coarse < 0 || num_coarse > kMaxOutliers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "coarse ", num_coarse, " is not in [0, ", kMaxOutliers, "]"));
+  }
+  if (num_coarse == 0 || num_samples == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(where, "coarse ", num_coarse, " with samples ", num_samples,
+                                                 ": two levels go by means, so samples must be 0"));
+}
+
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
                                        int64_t num_samples, const void* own_k) {
   LF_RETURN_IF_ERROR(CheckRepresentatives(absl::StrCat(operation, ": num_"), num_samples, 0));

@@ -14,6 +14,9 @@ namespace longfill {
 // power of two. `where` stands before "samples" and "outliers" in messages.
 absl::Status CheckRepresentatives(const std::string& where, int64_t num_samples, int64_t num_outliers);
 
+// InvalidArgument naming field and value: num_coarse not in [0, kMaxOutliers], or above 0 with samples.
+absl::Status CheckCoarse(const std::string& where, int64_t num_coarse, int64_t num_samples);
+
 // The same where `operation` reads them; and samples need the keys of the rows.
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
                                        int64_t num_samples, const void* own_k);

@@ -34,7 +34,7 @@ struct Scaler {
     // Four digits: the text form of a pattern file stays short.
     constexpr double kDigits = 1e4;
     const double share = std::round(base.min_share / scale * kDigits) / kDigits;
-    return BlockShare{base.outliers, std::clamp(share, 1 / kDigits, 1.0), base.samples};
+    return BlockShare{base.outliers, std::clamp(share, 1 / kDigits, 1.0), base.samples, base.coarse};
   }
 };
 

@@ -121,6 +121,10 @@ class RecordedKernelSet final : public KernelSet {
   absl::Status Representatives(const RepresentativesParams& params, Stream& stream) override {
     return Run(WorkPart::kIndex, stream, [&](Stream& on) { return device_.Representatives(params, on); });
   }
+  absl::Status CoarseRepresentatives(const CoarseRepresentativesParams& params, Stream& stream) override {
+    return Run(WorkPart::kIndex, stream,
+               [&](Stream& on) { return device_.CoarseRepresentatives(params, on); });
+  }
   int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const override {
     return device_.ShareSelectionWorkspaceBytes(bounds);
   }

@@ -34,6 +34,22 @@ class ShareSelectionTest : public BackendTest {
     return out;
   }
 
+  // Of one KV head: [num_coarse + 1, num_key_blocks / kCoarseBlocks, dim].
+  Buffer RepresentCoarse(const Buffer& representatives, int64_t num_representatives, int64_t num_key_blocks,
+                         int64_t dim, int64_t num_coarse) {
+    Buffer out = ComputeArray((num_coarse + 1) * (num_key_blocks / kCoarseBlocks) * dim);
+    CoarseRepresentativesParams params;
+    params.representatives = representatives.data();
+    params.num_representatives = num_representatives;
+    params.num_key_blocks = num_key_blocks;
+    params.head_dim = dim;
+    params.num_coarse = num_coarse;
+    params.out = out.data();
+    LF_EXPECT_OK(kernels().CoarseRepresentatives(params, stream()));
+    LF_EXPECT_OK(stream().Sync());
+    return out;
+  }
+
   struct Case {
     int64_t rows = 0;
     PositionMap positions = PositionMap::Contiguous(0);
@@ -43,8 +59,10 @@ class ShareSelectionTest : public BackendTest {
     float scale = 1;
     std::vector<float> min_share;  // of each head
     int64_t num_samples = 0;
-    std::vector<float> own_k = {};  // [rows, own_k_row_stride], where there are samples
-    int64_t own_k_row_stride = 0;   // 0: dim
+    std::vector<float> own_k = {};   // [rows, own_k_row_stride], where there are samples
+    int64_t own_k_row_stride = 0;    // 0: dim
+    const Buffer* coarse = nullptr;  // where there are two levels
+    int64_t num_coarse = 0;
   };
   // [heads][row blocks][words]; q [heads, rows, dim]
   using Bits = std::vector<std::vector<std::vector<uint64_t>>>;
@@ -66,13 +84,15 @@ class ShareSelectionTest : public BackendTest {
     params.own_k = own_k.data();
     params.own_k_row_stride = c.own_k_row_stride == 0 ? c.dim : c.own_k_row_stride;
     params.num_key_blocks = c.num_key_blocks;
+    params.coarse = c.coarse == nullptr ? nullptr : c.coarse->data();
+    params.num_coarse = c.num_coarse;
     params.head_dim = c.dim;
     params.scale = c.scale;
     params.min_share = c.min_share;
     params.bits = bits.as<uint64_t>();
     params.words_per_row = words;
     const Workspace workspace = NewWorkspace(kernels().ShareSelectionWorkspaceBytes(
-        {heads, c.rows, c.num_representatives, c.num_key_blocks, c.dim}));
+        {heads, c.rows, c.num_representatives, c.num_key_blocks, c.dim, c.num_coarse}));
     LF_EXPECT_OK(kernels().SelectByShare(params, workspace, stream()));
     const std::vector<uint64_t> flat = Download<uint64_t>(bits.data(), heads * row_blocks * words);
     Bits result(static_cast<size_t>(heads));
@@ -85,9 +105,15 @@ class ShareSelectionTest : public BackendTest {
     return result;
   }
 
+  // What represents blocks.
+  struct Kind {
+    int64_t outliers = 0, samples = 0, coarse = 0;
+    int64_t num_representatives() const { return NumRepresentatives(samples, outliers); }
+  };
   // Blocks that shares decide, beyond rounding.
   struct Decisions {
     int64_t kept = 0, dropped = 0;
+    int64_t closed = 0;  // dropped as well, whatever their shares would be
   };
   // Four query heads of one KV head.
   void CompareWithOracle(int64_t tokens, int64_t dim, int64_t samples, Decisions* decisions) {
@@ -96,18 +122,48 @@ class ShareSelectionTest : public BackendTest {
     const std::vector<float> q = Rounded(NormalFloats(std::ssize(min_share) * tokens * dim, 22));
     const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
     const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
-    CompareWithOracle(q, k, tokens, dim, outliers, samples, scale, min_share, decisions);
+    CompareWithOracle(q, k, tokens, dim, {outliers, samples}, scale, min_share, decisions);
+  }
+  // [heads, tokens, dim]: the rows of a row block want much the same, so that coarse blocks stay closed.
+  std::vector<float> AgreeingQueries(int64_t heads, int64_t tokens, int64_t dim, uint32_t seed) {
+    std::vector<float> q = NormalFloats(heads * tokens * dim, seed, 0.2F);
+    const std::vector<float> wanted = NormalFloats(heads * RowBlocksOf(tokens) * dim, seed + 1);
+    for (int64_t i = 0; i < std::ssize(q); ++i) {
+      const int64_t head = i / (tokens * dim), row = i / dim % tokens;
+      q[i] += wanted[(head * RowBlocksOf(tokens) + row / kRowBlock) * dim + i % dim];
+    }
+    return q;
+  }
+  void CompareTwoLevelsWithOracle(int64_t tokens, int64_t dim, int64_t outliers, int64_t coarse,
+                                  Decisions* decisions) {
+    const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};
+    const std::vector<float> q = Rounded(AgreeingQueries(std::ssize(min_share), tokens, dim, 60));
+    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 62));
+    const float scale = 2.5F / std::sqrt(static_cast<float>(dim));
+    CompareWithOracle(q, k, tokens, dim, {.outliers = outliers, .coarse = coarse}, scale, min_share,
+                      decisions);
   }
   // q [heads, tokens, dim] and k [tokens, dim] as the backend rounds them.
   void CompareWithOracle(const std::vector<float>& q, const std::vector<float>& k, int64_t tokens,
-                         int64_t dim, int64_t outliers, int64_t samples, float scale,
-                         const std::vector<float>& min_share, Decisions* decisions) {
-    const int64_t num_representatives = NumRepresentatives(samples, outliers);
+                         int64_t dim, const Kind& kind, float scale, const std::vector<float>& min_share,
+                         Decisions* decisions) {
+    const int64_t num_representatives = kind.num_representatives();
     const auto heads = std::ssize(min_share);
     const int64_t blocks = tokens / kRowBlock;
-    const Buffer representatives = Represent(k, 1, tokens, dim, outliers, samples);
+    const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
     const std::vector<float> planes =
         DownloadCompute(representatives.data(), num_representatives * blocks * dim);
+    oracle::Representatives in_fp64 = {.rows = {planes.begin(), planes.end()},
+                                       .count = num_representatives,
+                                       .num_samples = kind.samples,
+                                       .num_coarse = kind.coarse};
+    Buffer coarse;
+    if (kind.coarse > 0) {
+      coarse = RepresentCoarse(representatives, num_representatives, blocks, dim, kind.coarse);
+      const std::vector<float> rows =
+          DownloadCompute(coarse.data(), (kind.coarse + 1) * (blocks / kCoarseBlocks) * dim);
+      in_fp64.coarse = {rows.begin(), rows.end()};
+    }
     const Bits got = Select(q, representatives,
                             {.rows = tokens,
                              .dim = dim,
@@ -115,22 +171,34 @@ class ShareSelectionTest : public BackendTest {
                              .num_key_blocks = blocks,
                              .scale = scale,
                              .min_share = min_share,
-                             .num_samples = samples,
-                             .own_k = k});
+                             .num_samples = kind.samples,
+                             .own_k = k,
+                             .coarse = &coarse,
+                             .num_coarse = kind.coarse});
     for (int64_t h = 0; h < heads; ++h) {
-      const auto want = oracle::SelectByShare(q.data() + h * tokens * dim, k.data(), tokens, dim,
-                                              {planes.begin(), planes.end()}, num_representatives, samples,
+      const auto want = oracle::SelectByShare(q.data() + h * tokens * dim, k.data(), tokens, dim, in_fp64,
                                               scale, min_share[h]);
+      const double open_share = kOpenFactor * min_share[h];
       for (int64_t m = 0; m < std::ssize(want.blocks); ++m) {
+        const std::vector<double>& coarse_shares = want.coarse_shares[m];
+        const bool decided = std::ranges::none_of(coarse_shares, [&](double share) {
+          return std::abs(share - open_share) <= open_share * Tolerance();  // all sums may differ
+        });
         for (int64_t n = 0; n < std::ssize(got[h][m]) * 64; ++n) {
           const bool selected = IsSet(got[h][m], n);
-          const std::string where =
-              testing::PrintToString(std::vector<int64_t>{tokens, dim, samples, h, m, n}) +
-              " tokens, dim, samples, head, row, block";
+          const std::string where = testing::PrintToString(std::vector<int64_t>{
+                                        tokens, dim, kind.outliers, kind.samples, kind.coarse, h, m, n}) +
+                                    " tokens, dim, outliers, samples, coarse, head, row, block";
           if (n > m) {
             ASSERT_FALSE(selected) << where;
           } else if (n == 0 || m - n < kForcedNearestBlocks) {
             ASSERT_TRUE(selected) << where;
+          } else if (!decided) {
+            continue;
+          } else if (n / kCoarseBlocks < std::ssize(coarse_shares) &&
+                     coarse_shares[n / kCoarseBlocks] < open_share) {
+            ASSERT_FALSE(selected) << where << ", coarse share " << coarse_shares[n / kCoarseBlocks];
+            ++decisions->closed;
           } else if (want.shares[m][n] > min_share[h] * (1 + Tolerance())) {
             ASSERT_TRUE(selected) << where << ", share " << want.shares[m][n];
             ++decisions->kept;
@@ -221,6 +289,74 @@ TEST_P(ShareSelectionTest, OfKeysAtTheSameDistanceTheLowerIsFarther) {
             std::vector<float>(k.begin(), k.begin() + outliers * dim));
 }
 
+// Up to rounding of distances; what follows a choice of which the oracle made another is not compared.
+TEST_P(ShareSelectionTest, CoarseRepresentativesAreTheMeanAndInTurnTheFarthest) {
+  for (const int64_t blocks : {0, 7, 8, 9, 17, 40}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      for (const auto& [count, num_coarse] : {std::pair{1, 1}, {1, 8}, {2, 16}, {5, 4}, {5, 8}, {17, 16}}) {
+        const int64_t coarse_blocks = blocks / kCoarseBlocks;
+        const std::vector<float> rows = Rounded(NormalFloats(count * blocks * dim, 41));
+        const std::vector<double> in_fp64(rows.begin(), rows.end());
+        const Buffer out = RepresentCoarse(UploadCompute(rows), count, blocks, dim, num_coarse);
+        const std::vector<float> got = DownloadCompute(out.data(), (num_coarse + 1) * coarse_blocks * dim);
+        const std::vector<double> want = oracle::ChooseCoarse(in_fp64, count, blocks, dim, num_coarse);
+        ASSERT_EQ(got.size(), want.size());
+        const auto at = [&](const auto& planes, int64_t plane, int64_t c) {
+          return planes.data() + (plane * coarse_blocks + c) * dim;
+        };
+        for (int64_t c = 0; c < coarse_blocks; ++c) {
+          SCOPED_TRACE(testing::Message() << blocks << " blocks of " << dim << ", " << count << " planes, "
+                                          << num_coarse << " chosen, coarse block " << c);
+          for (int64_t i = 0; i < dim; ++i) {
+            const double mean = at(want, 0, c)[i];
+            ASSERT_NEAR(at(got, 0, c)[i], mean, 2 * epsilon() * std::abs(mean) + 1e-6);
+          }
+          const auto nearest = [&](const auto* row, int64_t plane) {  // of those before the plane
+            double squares = INFINITY;
+            for (int64_t p = 0; p < plane; ++p) {
+              double sum = 0;
+              for (int64_t i = 0; i < dim; ++i) sum += std::pow(row[i] - at(want, p, c)[i], 2);
+              squares = std::min(squares, sum);
+            }
+            return std::sqrt(squares);
+          };
+          for (int64_t plane = 1; plane <= num_coarse; ++plane) {
+            const float* row = at(got, plane, c);
+            bool is_candidate = false;
+            for (int64_t n = 0; n < count * kCoarseBlocks && !is_candidate; ++n) {
+              const int64_t block = c * kCoarseBlocks + n % kCoarseBlocks;
+              is_candidate =
+                  std::equal(row, row + dim, rows.data() + (n / kCoarseBlocks * blocks + block) * dim);
+            }
+            ASSERT_TRUE(is_candidate) << "plane " << plane;
+            if (std::equal(row, row + dim, at(want, plane, c))) continue;
+            ASSERT_NEAR(nearest(row, plane), nearest(at(want, plane, c), plane), 1e-4) << "plane " << plane;
+            break;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(ShareSelectionTest, OfRepresentativesAtTheSameDistanceTheLowerPlaneAndBlockComesFirst) {
+  const int64_t dim = 64, num_coarse = 16;
+  std::vector<float> rows(2 * kCoarseBlocks * dim, 0.0F);  // opposite axes, of which any two are as far
+  for (int64_t n = 0; n < 2 * kCoarseBlocks; ++n) rows[n * dim + n / 2] = n % 2 == 0 ? 2.0F : -2.0F;
+  const auto choose = [&](int64_t count) {
+    const std::vector<float> planes(rows.begin(), rows.begin() + count * kCoarseBlocks * dim);
+    const Buffer out = RepresentCoarse(UploadCompute(planes), count, kCoarseBlocks, dim, num_coarse);
+    return DownloadCompute(out.data(), (num_coarse + 1) * dim);
+  };
+  std::vector<float> want(dim, 0.0F);  // the mean
+  want.insert(want.end(), rows.begin(), rows.end());
+  EXPECT_EQ(choose(2), want);
+  for (int64_t n = kCoarseBlocks; n < num_coarse; ++n) {  // the first again, when all are chosen
+    std::copy_n(rows.begin(), dim, want.begin() + (n + 1) * dim);
+  }
+  EXPECT_EQ(choose(1), want);
+}
+
 TEST_P(ShareSelectionTest, AgreesWithTheOracle) {
   Decisions decisions;
   for (const int64_t tokens : {1, 63, 64, 65, 127, 128, 129, 1009}) {
@@ -242,6 +378,129 @@ TEST_P(ShareSelectionTest, AgreesWithTheOracleOnLongPrompts) {
   EXPECT_GT(decisions.dropped, 10000);
 }
 
+TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracle) {
+  Decisions decisions;
+  for (const int64_t tokens : {1, 449, 511, 512, 513, 1024 + 65, 1601}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      for (const auto& [outliers, coarse] : {std::pair{0, 1}, {4, 8}, {7, 16}}) {
+        CompareTwoLevelsWithOracle(tokens, dim, outliers, coarse, &decisions);
+      }
+    }
+  }
+  EXPECT_GT(decisions.kept, 200);
+  EXPECT_GT(decisions.dropped, 200);
+  EXPECT_GT(decisions.closed, 200);
+}
+
+TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracleOnLongPrompts) {
+  if (kSanitized) GTEST_SKIP() << "takes minutes under a sanitizer";
+  Decisions decisions;
+  for (const int64_t dim : {64, 96, 128, 256}) {
+    for (const auto& [outliers, coarse] : {std::pair{4, 8}, {0, 2}}) {
+      CompareTwoLevelsWithOracle(4999, dim, outliers, coarse, &decisions);
+    }
+  }
+  EXPECT_GT(decisions.kept, 5000);
+  EXPECT_GT(decisions.dropped, 5000);
+  EXPECT_GT(decisions.closed, 5000);
+}
+
+// Closed blocks count in the sum by their coarse blocks, whichever level has the larger score.
+TEST_P(ShareSelectionTest, SharesAreOfTheSumOverCoarseBlocksWhereThatIsLarger) {
+  const int64_t blocks = 87, row_block = 86, tokens = blocks * kRowBlock, dim = 64, block = 80;
+  std::vector<float> q(tokens * dim, 0.0F);
+  for (int64_t row = 0; row < tokens; ++row) q[row * dim] = 1;
+  for (const float shift : {0.0F, 40.0F, -40.0F}) {
+    for (const double weight : {4.5, 6.0, 9.0}) {  // of block 80; of each of ten coarse blocks it is 1
+      std::vector<float> k(tokens * dim, 0.0F);
+      for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t of = n / kRowBlock;
+        k[n * dim] = shift + (of < block ? 0 : of == block ? static_cast<float>(std::log(weight)) : -20);
+      }
+      k = Rounded(k);
+      const double share = std::exp(k[block * kRowBlock * dim] - k[0]) / 10;
+      const Buffer representatives = Represent(k, 1, tokens, dim, 0);
+      const Buffer coarse = RepresentCoarse(representatives, 1, blocks, dim, 1);
+      const auto keeps = [&](double min_share) {
+        return IsSet(Select(q, representatives,
+                            {.rows = tokens,
+                             .dim = dim,
+                             .num_key_blocks = blocks,
+                             .min_share = {static_cast<float>(min_share)},
+                             .coarse = &coarse,
+                             .num_coarse = 1})[0][row_block],
+                     block);
+      };
+      EXPECT_TRUE(keeps(share * 0.99)) << weight << " at " << shift;
+      EXPECT_FALSE(keeps(share * 1.01)) << weight << " at " << shift;
+    }
+  }
+}
+
+// Scores for which rows want so many blocks that the backend must go over them twice.
+TEST_P(ShareSelectionTest, AgreesWithTheOracleOnRowsOfManyBlocks) {
+  const int64_t tokens = 6'400;
+  Decisions decisions;
+  for (const int64_t dim : {64, 96, 128}) {
+    const std::vector<float> q = Rounded(AgreeingQueries(1, tokens, dim, 70));
+    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 72));
+    const float scale = 1.2F / std::sqrt(static_cast<float>(dim));
+    for (const Kind& kind :
+         {Kind{.outliers = 4}, {.outliers = 4, .samples = 4}, {.outliers = 4, .coarse = 8}}) {
+      CompareWithOracle(q, k, tokens, dim, kind, scale, {0.5F * kRowBlock / static_cast<float>(tokens)},
+                        &decisions);
+    }
+  }
+  EXPECT_GT(decisions.kept, 20'000);
+  EXPECT_GT(decisions.dropped, 1'000);
+}
+
+// To the last bit: at which min_share a row block stops to keep a block does not depend on the rows around
+// it.
+TEST_P(ShareSelectionTest, TheLeastShareDoesNotDependOnWhatElseIsInTheCall) {
+  const int64_t tokens = 12'800, dim = 64, blocks = tokens / kRowBlock, first = 150, row_block = 187;
+  const std::vector<float> k = NormalFloats(tokens * dim, 81);
+  const std::vector<float> q = AgreeingQueries(1, tokens - first * kRowBlock, dim, 80);  // from `first` on
+  const Buffer representatives = Represent(k, 1, tokens, dim, 4);
+  const Buffer coarse = RepresentCoarse(representatives, 5, blocks, dim, 8);
+  for (const int64_t num_coarse : {0, 8}) {
+    const auto keeps = [&](int64_t begin, int64_t end, int64_t block, float min_share) {
+      const auto row_of = [&](int64_t b) { return q.begin() + (b - first) * kRowBlock * dim; };
+      const Bits bits = Select({row_of(begin), row_of(end)}, representatives,
+                               {.rows = (end - begin) * kRowBlock,
+                                .positions = PositionMap::Contiguous(begin * kRowBlock),
+                                .dim = dim,
+                                .num_representatives = 5,
+                                .num_key_blocks = blocks,
+                                .scale = 0.2F,
+                                .min_share = {min_share},
+                                .coarse = &coarse,
+                                .num_coarse = num_coarse});
+      return IsSet(bits[0][row_block - begin], block);
+    };
+    for (const int64_t block : {3, 77, 130, 176}) {
+      float kept = 1e-12F, dropped = 1;
+      ASSERT_TRUE(keeps(first, blocks, block, kept));
+      ASSERT_FALSE(keeps(first, blocks, block, dropped));
+      while (std::nextafter(kept, dropped) < dropped) {
+        const float middle =
+            std::sqrt(kept) * std::sqrt(dropped);  // of the exponents, until they are the same
+        const float between = middle > kept && middle < dropped ? middle : std::midpoint(kept, dropped);
+        (keeps(first, blocks, block, between) ? kept : dropped) = between;
+      }
+      for (const auto& [begin, end] : {std::pair{row_block, row_block + 1},
+                                       {row_block, blocks},
+                                       {row_block - 1, row_block + 1},
+                                       {row_block - 2, row_block + 3}}) {
+        EXPECT_TRUE(keeps(begin, end, block, kept))
+            << num_coarse << " coarse, block " << block << ", rows from " << begin;
+        EXPECT_FALSE(keeps(begin, end, block, dropped))
+            << num_coarse << " coarse, block " << block << ", rows from " << begin;
+      }
+    }
+  }
+}
+
 // Of a row of equal shares all blocks are kept or none: as many as may be, and more than a kernel can note in
 // passing.
 TEST_P(ShareSelectionTest, RowsMayKeepEveryBlock) {
@@ -249,7 +508,8 @@ TEST_P(ShareSelectionTest, RowsMayKeepEveryBlock) {
   const std::vector<float> min_share = {0.9F / static_cast<float>(blocks), 0.01F};
   const std::vector<float> q(static_cast<size_t>(std::ssize(min_share) * tokens * dim), 0.0F);
   Decisions decisions;
-  CompareWithOracle(q, Rounded(NormalFloats(tokens * dim, 50)), tokens, dim, 4, 0, 1, min_share, &decisions);
+  CompareWithOracle(q, Rounded(NormalFloats(tokens * dim, 50)), tokens, dim, {.outliers = 4}, 1, min_share,
+                    &decisions);
   EXPECT_GT(decisions.kept, blocks * blocks / 2);
   EXPECT_GT(decisions.dropped, blocks * blocks / 8);
 }
@@ -265,26 +525,34 @@ TEST_P(ShareSelectionTest, CandidatesFailWhenSumsAreKnown) {
     k[i * dim] = static_cast<float>(blocks - i / kRowBlock) / 16;  // e^(1/16) from block to block
   }
   Decisions decisions;
-  CompareWithOracle(Rounded(q), Rounded(k), tokens, dim, 1, 0, 1, {0.02F}, &decisions);
+  CompareWithOracle(Rounded(q), Rounded(k), tokens, dim, {.outliers = 1}, 1, {0.02F}, &decisions);
   EXPECT_GT(decisions.kept, 10 * blocks);
   EXPECT_GT(decisions.dropped, 10 * blocks);
 }
 
 // The bits of a row block are those of the whole prompt for ranks, chunks and heads of a call.
 TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
-  for (const int64_t samples : {0, 4}) {
-    const int64_t tokens = 2999, dim = 64, outliers = 4, heads = 3, blocks = tokens / kRowBlock;
-    const std::vector<float> q = NormalFloats(heads * tokens * dim, 24, 2.0F);
+  for (const Kind& kind :
+       {Kind{.outliers = 4}, {.outliers = 4, .samples = 4}, {.outliers = 4, .coarse = 8}}) {
+    const int64_t tokens = 2999, dim = 64, heads = 3, blocks = tokens / kRowBlock;
+    const std::vector<float> q = kind.coarse > 0 ? AgreeingQueries(heads, tokens, dim, 24)
+                                                 : NormalFloats(heads * tokens * dim, 24, 2.0F);
     const std::vector<float> k = NormalFloats(tokens * dim, 25);
-    const Buffer representatives = Represent(k, 1, tokens, dim, outliers, samples);
+    const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
+    Buffer coarse;
+    if (kind.coarse > 0) {
+      coarse = RepresentCoarse(representatives, kind.num_representatives(), blocks, dim, kind.coarse);
+    }
     Case whole = {.rows = tokens,
                   .dim = dim,
-                  .num_representatives = NumRepresentatives(samples, outliers),
+                  .num_representatives = kind.num_representatives(),
                   .num_key_blocks = blocks,
-                  .scale = 0.125F,
+                  .scale = kind.coarse > 0 ? 0.3F : 0.125F,
                   .min_share = {0.05F, 0.1F, 0.2F},
-                  .num_samples = samples,
-                  .own_k = k};
+                  .num_samples = kind.samples,
+                  .own_k = k,
+                  .coarse = &coarse,
+                  .num_coarse = kind.coarse};
     const Bits want = Select(q, representatives, whole);
     const auto expect_rows = [&](const PositionMap& positions, int64_t rows, int64_t head) {
       Case part = whole;
@@ -353,17 +621,24 @@ TEST_P(ShareSelectionTest, KeysOfTheOwnBlockTakeTheirShare) {
 
 // A GPU does so many heads, and so many rows, in several launches.
 TEST_P(ShareSelectionTest, TakesAnyNumberOfHeads) {
-  const int64_t tokens = 1000, dim = 64, heads = 130, blocks = tokens / kRowBlock;
-  const std::vector<float> q = NormalFloats(heads * tokens * dim, 28, 2.0F);
+  const int64_t tokens = 1700, dim = 64, heads = 130, blocks = tokens / kRowBlock;
   const Buffer representatives = Represent(NormalFloats(tokens * dim, 29), 1, tokens, dim, 0);
-  Case all = {.rows = tokens, .dim = dim, .num_key_blocks = blocks, .scale = 0.125F};
+  const Buffer coarse = RepresentCoarse(representatives, 1, blocks, dim, 4);
+  Case all = {.rows = tokens, .dim = dim, .num_key_blocks = blocks, .scale = 0.125F, .coarse = &coarse};
   for (int64_t h = 0; h < heads; ++h) all.min_share.push_back(0.02F + 0.002F * static_cast<float>(h));
-  const Bits got = Select(q, representatives, all);
-  for (const int64_t head : {0, 1, 63, 64, 65, 127, 128, 129}) {
-    Case one = all;
-    one.min_share = {all.min_share[head]};
-    const auto from = q.begin() + head * tokens * dim;
-    EXPECT_EQ(got[head], Select({from, from + tokens * dim}, representatives, one)[0]) << "head " << head;
+  for (const int64_t num_coarse : {0, 4}) {
+    all.num_coarse = num_coarse;
+    if (num_coarse > 0) all.scale = 0.3F;
+    const std::vector<float> q = num_coarse > 0 ? AgreeingQueries(heads, tokens, dim, 28)
+                                                : NormalFloats(heads * tokens * dim, 28, 2.0F);
+    const Bits got = Select(q, representatives, all);
+    for (const int64_t head : {0, 1, 63, 64, 65, 127, 128, 129}) {
+      Case one = all;
+      one.min_share = {all.min_share[head]};
+      const auto from = q.begin() + head * tokens * dim;
+      EXPECT_EQ(got[head], Select({from, from + tokens * dim}, representatives, one)[0])
+          << "head " << head << ", coarse " << num_coarse;
+    }
   }
 }
 
@@ -373,27 +648,33 @@ TEST_P(ShareSelectionTest, TakesAnyNumberOfRows) {
   const int64_t first = blocks * kRowBlock - rows;  // the last rows of a million
   const std::vector<float> q = NormalFloats(rows * dim, 30);
   const Buffer representatives = UploadCompute(NormalFloats(num_representatives * blocks * dim, 31));
-  const Case all = {.rows = rows,
-                    .positions = PositionMap::Contiguous(first),
-                    .dim = dim,
-                    .num_representatives = num_representatives,
-                    .num_key_blocks = blocks,
-                    .scale = 0.3F,
-                    .min_share = {0.01F}};
-  const Bits got = Select(q, representatives, all);
-  int64_t selected = 0;
-  for (const int64_t begin : {int64_t{0}, int64_t{8192}, rows / 2 / kRowBlock * kRowBlock, rows - 256}) {
-    Case part = all;
-    part.rows = 256;
-    part.positions = PositionMap::Contiguous(first + begin);
-    const auto from = q.begin() + begin * dim;
-    const Bits want = Select({from, from + part.rows * dim}, representatives, part);
-    for (int64_t m = 0; m < part.rows / kRowBlock; ++m) {
-      EXPECT_EQ(got[0][begin / kRowBlock + m], want[0][m]) << "row block " << begin / kRowBlock + m;
-      for (const uint64_t word : want[0][m]) selected += std::popcount(word);
+  const Buffer coarse = RepresentCoarse(representatives, num_representatives, blocks, dim, 8);
+  Case all = {.rows = rows,
+              .positions = PositionMap::Contiguous(first),
+              .dim = dim,
+              .num_representatives = num_representatives,
+              .num_key_blocks = blocks,
+              .scale = 0.3F,
+              .min_share = {0.01F},
+              .coarse = &coarse};
+  for (const int64_t num_coarse : {0, 8}) {
+    all.num_coarse = num_coarse;
+    const Bits got = Select(q, representatives, all);
+    int64_t selected = 0;
+    for (const int64_t begin : {int64_t{0}, int64_t{8192}, rows / 2 / kRowBlock * kRowBlock, rows - 256}) {
+      Case part = all;
+      part.rows = 256;
+      part.positions = PositionMap::Contiguous(first + begin);
+      const auto from = q.begin() + begin * dim;
+      const Bits want = Select({from, from + part.rows * dim}, representatives, part);
+      for (int64_t m = 0; m < part.rows / kRowBlock; ++m) {
+        EXPECT_EQ(got[0][begin / kRowBlock + m], want[0][m])
+            << "row block " << begin / kRowBlock + m << ", coarse " << num_coarse;
+        for (const uint64_t word : want[0][m]) selected += std::popcount(word);
+      }
     }
+    EXPECT_GT(selected, 16 * 3 * kForcedNearestBlocks) << "only forced blocks, coarse " << num_coarse;
   }
-  EXPECT_GT(selected, 16 * 3 * kForcedNearestBlocks) << "only forced blocks";
 }
 
 // Whatever the mean of its block says.
@@ -426,6 +707,10 @@ TEST_P(ShareSelectionTest, NothingToDoIsLegal) {
   RepresentativesParams none;
   none.head_dim = 64;
   LF_EXPECT_OK(kernels().Representatives(none, stream()));
+  CoarseRepresentativesParams no_coarse;
+  no_coarse.num_representatives = no_coarse.num_coarse = 1;
+  no_coarse.head_dim = 64;
+  LF_EXPECT_OK(kernels().CoarseRepresentatives(no_coarse, stream()));
   ShareSelectionParams params;
   LF_EXPECT_OK(kernels().SelectByShare(params, {}, stream()));
   const Buffer offsets = Bytes(8), entries = Bytes(8);
@@ -458,9 +743,24 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
   good.words_per_row = 1;
   const auto run = [&](const ShareSelectionParams& params) {
     return kernels().SelectByShare(
-        params, NewWorkspace(kernels().ShareSelectionWorkspaceBytes({1, 512, 17, 8, 256})), stream());
+        params, NewWorkspace(kernels().ShareSelectionWorkspaceBytes({1, 512, 17, 8, 256, 16})), stream());
   };
   LF_EXPECT_OK(run(good));
+  ShareSelectionParams two_levels = good;
+  two_levels.coarse = data.data();
+  two_levels.num_coarse = 4;
+  LF_EXPECT_OK(run(two_levels));
+  const int64_t needed = kernels().ShareSelectionWorkspaceBytes({1, 512, 5, 8, 64, 4});
+  const Buffer scratch = Bytes(needed + 16);
+  for (const Workspace& bad : {Workspace{}, Workspace{scratch.data(), needed - 1}}) {
+    EXPECT_THAT(kernels().SelectByShare(two_levels, bad, stream()),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace")));
+  }
+  if (on_gpu()) {
+    EXPECT_THAT(
+        kernels().SelectByShare(two_levels, {static_cast<char*>(scratch.data()) + 8, needed}, stream()),
+        StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace")));
+  }
   const auto expect = [&](const char* message, const auto& change) {
     ShareSelectionParams bad = good;
     change(bad);
@@ -479,6 +779,18 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
   });
   expect("num_representatives 5 is not", [](ShareSelectionParams& p) { p.num_samples = 8; });
   expect("num_samples 4 without", [](ShareSelectionParams& p) { p.num_samples = 4; });
+  for (const int64_t coarse : {-1, 17}) {
+    expect("num_coarse", [&](ShareSelectionParams& p) {
+      p.coarse = data.data();
+      p.num_coarse = coarse;
+    });
+  }
+  expect("num_coarse 4 without", [](ShareSelectionParams& p) { p.num_coarse = 4; });
+  expect("num_coarse 4 with samples 4", [&](ShareSelectionParams& p) {
+    p.coarse = p.own_k = data.data();
+    p.own_k_row_stride = 64;
+    p.num_coarse = p.num_samples = 4;
+  });
   expect("scale 0", [](ShareSelectionParams& p) { p.scale = 0; });
   expect("first 32", [](ShareSelectionParams& p) { p.positions = PositionMap::Contiguous(32); });
   expect("block 96", [](ShareSelectionParams& p) { p.positions = {0, 96, 192}; });
@@ -507,6 +819,31 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
         kernels().Representatives(many, stream()),
         StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(absl::StrCat("num_samples ", samples))));
   }
+}
+
+TEST_P(ShareSelectionTest, SaysWhatIsWrongWithCoarseBlocks) {
+  const Buffer data = UploadCompute(std::vector<float>(size_t{17} * 8 * 64, 0.0F));
+  const Buffer out = ComputeArray(17 * 64);
+  const auto expect = [&](absl::StatusCode code, const char* message, const auto& change) {
+    CoarseRepresentativesParams bad;
+    bad.representatives = data.data();
+    bad.num_representatives = 5;
+    bad.num_key_blocks = 8;
+    bad.head_dim = 64;
+    bad.num_coarse = 4;
+    bad.out = out.data();
+    LF_EXPECT_OK(kernels().CoarseRepresentatives(bad, stream()));
+    change(bad);
+    EXPECT_THAT(kernels().CoarseRepresentatives(bad, stream()), StatusIs(code, HasSubstr(message)));
+  };
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  using Params = CoarseRepresentativesParams;
+  expect(kInvalid, "num_coarse 0", [](Params& p) { p.num_coarse = 0; });
+  expect(kInvalid, "num_coarse 17", [](Params& p) { p.num_coarse = 17; });
+  expect(kInvalid, "num_representatives 0", [](Params& p) { p.num_representatives = 0; });
+  expect(kInvalid, "num_representatives 18", [](Params& p) { p.num_representatives = 18; });
+  expect(kInvalid, "num_key_blocks -8", [](Params& p) { p.num_key_blocks = -8; });
+  expect(absl::StatusCode::kUnimplemented, "head_dim 12", [](Params& p) { p.head_dim = 12; });
 }
 
 class BlockListsTest : public BackendTest {

@@ -143,6 +143,19 @@ class BenchShares(support.TemporaryDirectoryTest):
         self.check_attention("block-share:2,0.1", 3)
         self.check_attention("block-share:2,0.2,8", 10)
 
+    def test_two_levels_are_timed_and_checked(self):
+        options = ("--tokens", "300,9000", "--attention", "block-share:2,0.5,0,4", *SHAPE, "--repeat", "1")
+        result = run("bench", "shares", *options, "--json")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        short, long = json.loads(result.stdout)["cases"]
+        for case in (short, long):  # the short one has no coarse block
+            self.assertEqual(list(case["step_seconds"]), ["representatives", "coarse representatives", "selection", "lists"])
+            self.assertNotIn("score_tflops", case)
+        self.assertGreater(long["checked_pairs"], 0)
+        text = run("bench", "shares", *options).stdout
+        self.assertIn("coarse representatives", text)
+        self.assertNotIn("TFLOP/s", text)
+
     def check_attention(self, attention, representatives):
         result = run("bench", "shares", "--tokens", "700,3000", "--attention", attention, *SHAPE, "--repeat", "2", "--json")
         self.assertEqual(result.returncode, 0, result.stderr)

@@ -32,6 +32,7 @@ std::vector<HeadPattern> MixedPatterns(int64_t num_heads, uint32_t first = 0) {
                                        Dense{},
                                        BlockShare{2, 0.05},
                                        BlockShare{2, 0.02, 8},
+                                       BlockShare{2, 0.05, 0, 4},
                                        VerticalSlash{0, 5},
                                        BlockShare{2, 0.3},
                                        BlockSparse{100},
@@ -160,6 +161,11 @@ class DistributedIndex : public RankBackendTest {
     // Representatives are rounded to the compute dtype.
     const double tolerance = (on_cpu() ? 1e-4 : 2e-2) * pattern.min_share;
     for (size_t m = 0; m < shares.blocks.size(); ++m) {
+      if (std::ranges::any_of(shares.coarse_shares[m], [&](double share) {
+            return std::abs(share - kOpenFactor * pattern.min_share) < kOpenFactor * tolerance;
+          })) {
+        continue;  // a coarse block may be open or not
+      }
       std::vector<int32_t> differing;
       std::set_symmetric_difference(voted.key_blocks.begin() + voted.row_offsets[m],
                                     voted.key_blocks.begin() + voted.row_offsets[m + 1],
@@ -206,6 +212,38 @@ TEST_P(DistributedIndex, SamplesOfEveryKvHeadAreTheSameOnEveryMesh) {
     ExpectSameOnEveryMesh(prompt, Coverage::kTiles, patterns);
     LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
     for (size_t h = 0; h < patterns.size(); ++h) {
+      ExpectShares(prompt, static_cast<int64_t>(h), std::get<BlockShare>(patterns[h]),
+                   std::get<BlockListIndex>(layer.heads[h]));
+    }
+  }
+}
+
+// Neighbours that differ in the number of coarse representatives alone. A prompt below 512 tokens has no
+// coarse block, and a single one is always open.
+TEST_P(DistributedIndex, TwoLevelsOfSharesAreTheSameOnEveryMesh) {
+  const std::vector<HeadPattern> patterns{BlockShare{2, 0.05},       BlockShare{2, 0.05, 0, 4},
+                                          BlockShare{2, 0.2, 0, 4},  BlockShare{2, 0.2, 0, 8},
+                                          BlockShare{0, 0.5, 0, 16}, BlockShare{4, 0.9, 0, 1}};
+  for (const int64_t num_tokens : {65, 511, 700, 1337, 3000}) {
+    Prompt prompt(MakeGeometry(6, 3), num_tokens, 90);
+    // Rows of a row block ask for the same, so that coarse blocks are closed to them.
+    const int64_t dim = prompt.geometry.head_dim;
+    for (int64_t row = 0; row < 6 * num_tokens; ++row) {
+      const int64_t first = row / num_tokens * num_tokens + row % num_tokens / kRowBlock * kRowBlock;
+      if (row != first) std::copy_n(prompt.q.begin() + first * dim, dim, prompt.q.begin() + row * dim);
+    }
+    ExpectSameOnEveryMesh(prompt, Coverage::kTiles, patterns);
+    LF_ASSERT_OK_AND_ASSIGN(const HostLayer layer, BuildAlone(prompt, Coverage::kTiles, patterns));
+    std::vector<HeadPattern> one_level = patterns;
+    for (HeadPattern& pattern : one_level) std::get<BlockShare>(pattern).coarse = 0;
+    LF_ASSERT_OK_AND_ASSIGN(const HostLayer all_open, BuildAlone(prompt, Coverage::kTiles, one_level));
+    if (num_tokens < 512) {
+      EXPECT_TRUE(layer.heads == all_open.heads);
+    } else if (num_tokens == 3000) {
+      EXPECT_FALSE(layer.heads == all_open.heads) << "nothing was closed";
+    }
+    for (size_t h = 0; h < patterns.size(); ++h) {
+      if (on_gpu()) continue;  // rounded, other representatives may be the farthest
       ExpectShares(prompt, static_cast<int64_t>(h), std::get<BlockShare>(patterns[h]),
                    std::get<BlockListIndex>(layer.heads[h]));
     }
@@ -355,6 +393,7 @@ TEST_P(DistributedIndex, OneBuilderServesLayersThatDiffer) {
                                              {VerticalSlash{40, 60}, BlockSparse{2}},
                                              {BlockShare{3, 0.1}, BlockShare{5, 0.2}},
                                              {BlockShare{3, 0.1, 8}, BlockShare{5, 0.2}},
+                                             {BlockShare{3, 0.1, 0, 8}, BlockShare{3, 0.1}},
                                              {BlockSparse{2}, BlockShare{5, 0.2}},
                                              {Dense{}, AShape{5, 70}}};
   for (const int64_t num_tokens : {300, 0, 700}) {

@@ -280,6 +280,9 @@ class GuardedKernelSet final : public KernelSet {
   absl::Status Representatives(const RepresentativesParams& params, Stream& stream) override {
     return Run(__func__, stream, [&](Stream& cpu) { return cpu_->Representatives(params, cpu); });
   }
+  absl::Status CoarseRepresentatives(const CoarseRepresentativesParams& params, Stream& stream) override {
+    return Run(__func__, stream, [&](Stream& cpu) { return cpu_->CoarseRepresentatives(params, cpu); });
+  }
   int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const override {
     return cpu_->ShareSelectionWorkspaceBytes(bounds);
   }

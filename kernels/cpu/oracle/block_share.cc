@@ -9,6 +9,8 @@ namespace longfill::oracle {
 namespace {
 
 constexpr int64_t kBlock = 64;
+constexpr int64_t kCoarse = 8;  // key blocks of a coarse block
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 double Dot(const float* q, const auto* key, int64_t head_dim) {
   double product = 0;
@@ -16,41 +18,34 @@ double Dot(const float* q, const auto* key, int64_t head_dim) {
   return product;
 }
 
-// What stands for the key blocks of a head.
-struct Representatives {
-  const std::vector<double>& rows;  // [count, whole blocks, head_dim]
-  int64_t count = 0;
-  int64_t num_samples = 0;
-  int64_t num_whole_blocks = 0;
-};
-
-// Of row `row` of a head, over the blocks before its own. k is read only if there are samples.
-std::vector<double> RowShares(const float* q, const float* k, int64_t row, int64_t head_dim,
-                              const Representatives& representatives, double scale) {
-  const int64_t num_blocks = row / kBlock;
-  std::vector<double> shares(num_blocks, -std::numeric_limits<double>::infinity());
-  for (int64_t b = 0; b < num_blocks; ++b) {
-    for (int64_t r = 0; r < representatives.count; ++r) {
-      const double* key = representatives.rows.data() + (r * representatives.num_whole_blocks + b) * head_dim;
-      double score = scale * Dot(q + row * head_dim, key, head_dim);
-      if (r < representatives.num_samples) {
-        score += std::log(static_cast<double>(kBlock) / static_cast<double>(representatives.num_samples));
-      }
-      shares[b] = std::max(shares[b], score);
+// Of one query for the first `num_scored` of `num_blocks` blocks, each the largest product with its
+// representatives [count, num_blocks, head_dim], of which the first num_samples are samples.
+std::vector<double> Scores(const float* q, const std::vector<double>& representatives, int64_t count,
+                           int64_t num_samples, int64_t num_blocks, int64_t num_scored, int64_t head_dim,
+                           double scale) {
+  std::vector<double> scores(num_scored, -kInfinity);
+  for (int64_t b = 0; b < num_scored; ++b) {
+    for (int64_t r = 0; r < count; ++r) {
+      double score = scale * Dot(q, representatives.data() + (r * num_blocks + b) * head_dim, head_dim);
+      if (r < num_samples) score += std::log(static_cast<double>(kBlock) / static_cast<double>(num_samples));
+      scores[b] = std::max(scores[b], score);
     }
   }
-  std::vector<double> others;  // in the softmax
-  for (int64_t key = num_blocks * kBlock; representatives.num_samples > 0 && key <= row; ++key) {
-    others.push_back(scale * Dot(q + row * head_dim, k + key * head_dim, head_dim));
-  }
-  double highest = -std::numeric_limits<double>::infinity();
-  for (const double score : shares) highest = std::max(highest, score);
-  for (const double score : others) highest = std::max(highest, score);
+  return scores;
+}
+
+// log of the sum of exp(score), -infinity of none.
+double LogSum(const std::vector<double>& scores) {
+  double highest = -kInfinity;
+  for (const double score : scores) highest = std::max(highest, score);
+  if (highest == -kInfinity) return highest;
   double sum = 0;
-  for (double& share : shares) sum += share = std::exp(share - highest);
-  for (const double score : others) sum += std::exp(score - highest);
-  for (double& share : shares) share /= sum;
-  return shares;
+  for (const double score : scores) sum += std::exp(score - highest);
+  return highest + std::log(sum);
+}
+
+void RaiseTo(const std::vector<double>& values, std::vector<double>* largest) {
+  for (size_t i = 0; i < values.size(); ++i) (*largest)[i] = std::max((*largest)[i], values[i]);
 }
 
 }  // namespace
@@ -79,22 +74,81 @@ RepresentativeChoice ChooseRepresentatives(const float* k, int64_t num_tokens, i
   return choice;
 }
 
+std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count, int64_t num_key_blocks,
+                                 int64_t head_dim, int64_t num_coarse) {
+  const int64_t num_blocks = num_key_blocks / kCoarse;
+  std::vector<double> coarse((num_coarse + 1) * num_blocks * head_dim, 0);
+  for (int64_t c = 0; c < num_blocks; ++c) {
+    std::vector<const double*> candidates;  // plane after plane
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t b = c * kCoarse; b < (c + 1) * kCoarse; ++b) {
+        candidates.push_back(rows.data() + (r * num_key_blocks + b) * head_dim);
+      }
+    }
+    double* mean = coarse.data() + c * head_dim;
+    for (int64_t b = 0; b < kCoarse; ++b) {
+      for (int64_t i = 0; i < head_dim; ++i) mean[i] += candidates[b][i] / static_cast<double>(kCoarse);
+    }
+    std::vector<const double*> chosen = {mean};
+    for (int64_t plane = 1; plane <= num_coarse; ++plane) {
+      const double* farthest = nullptr;
+      double longest = -1;
+      for (const double* candidate : candidates) {
+        double nearest = kInfinity;
+        for (const double* before : chosen) {
+          double squares = 0;
+          for (int64_t i = 0; i < head_dim; ++i) squares += std::pow(candidate[i] - before[i], 2);
+          nearest = std::min(nearest, std::sqrt(squares));
+        }
+        if (nearest > longest) {
+          longest = nearest;
+          farthest = candidate;
+        }
+      }
+      chosen.push_back(farthest);
+      std::copy_n(farthest, head_dim, coarse.data() + (plane * num_blocks + c) * head_dim);
+    }
+  }
+  return coarse;
+}
+
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
-                             const std::vector<double>& representatives, int64_t num_representatives,
-                             int64_t num_samples, double scale, double min_share) {
-  const Representatives all = {representatives, num_representatives, num_samples, num_tokens / kBlock};
+                             const Representatives& all, double scale, double min_share) {
+  const int64_t whole_blocks = num_tokens / kBlock;
   ShareSelection result;
   for (int64_t m = 0; m * kBlock < num_tokens; ++m) {
+    const int64_t end_row = std::min(num_tokens, (m + 1) * kBlock);
+    const int64_t num_coarse_blocks = all.num_coarse == 0 ? 0 : m / kCoarse;
+    std::vector<double> largest_coarse(num_coarse_blocks, 0);
+    std::vector<double> coarse_sums;  // of each row, as logs
+    for (int64_t row = m * kBlock; row < end_row; ++row) {
+      std::vector<double> shares = Scores(q + row * head_dim, all.coarse, all.num_coarse + 1, 0,
+                                          whole_blocks / kCoarse, num_coarse_blocks, head_dim, scale);
+      coarse_sums.push_back(LogSum(shares));
+      for (double& share : shares) share = std::exp(share - coarse_sums.back());
+      RaiseTo(shares, &largest_coarse);
+    }
     std::vector<double> largest(m, 0);
-    for (int64_t row = m * kBlock; row < std::min(num_tokens, (m + 1) * kBlock); ++row) {
-      const std::vector<double> shares = RowShares(q, k, row, head_dim, all, scale);
-      for (int64_t b = 0; b < m; ++b) largest[b] = std::max(largest[b], shares[b]);
+    for (int64_t row = m * kBlock; row < end_row; ++row) {
+      std::vector<double> shares =
+          Scores(q + row * head_dim, all.rows, all.count, all.num_samples, whole_blocks, m, head_dim, scale);
+      for (int64_t b = 0; b < num_coarse_blocks * kCoarse; ++b) {
+        if (largest_coarse[b / kCoarse] < 0.5 * min_share) shares[b] = -kInfinity;
+      }
+      std::vector<double> summed = shares;
+      for (int64_t key = m * kBlock; all.num_samples > 0 && key <= row; ++key) {
+        summed.push_back(scale * Dot(q + row * head_dim, k + key * head_dim, head_dim));
+      }
+      const double sum = std::max(LogSum(summed), coarse_sums[row - m * kBlock]);
+      for (double& share : shares) share = std::exp(share - sum);
+      RaiseTo(shares, &largest);
     }
     std::vector<int32_t> blocks;
     for (int64_t b = 0; b <= m; ++b) {
       if (b == 0 || m - b < 4 || largest[b] >= min_share) blocks.push_back(static_cast<int32_t>(b));
     }
     result.shares.push_back(std::move(largest));
+    result.coarse_shares.push_back(std::move(largest_coarse));
     result.blocks.push_back(std::move(blocks));
   }
   return result;
@@ -103,24 +157,27 @@ ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens,
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
                              double scale, const BlockShare& pattern) {
   const RepresentativeChoice choice = ChooseRepresentatives(k, num_tokens, head_dim, pattern.outliers);
-  std::vector<double> representatives;
-  if (pattern.samples == 0) representatives = choice.means;
+  Representatives all = {.count = NumRepresentatives(pattern.samples, pattern.outliers),
+                         .num_samples = pattern.samples,
+                         .num_coarse = pattern.coarse};
+  if (pattern.samples == 0) all.rows = choice.means;
   for (int64_t i = 0; i < pattern.samples; ++i) {
     for (int64_t b = 0; b < num_tokens / kBlock; ++b) {
       const int64_t step = kBlock / pattern.samples;
       const float* key = k + (b * kBlock + i * step + step / 2) * head_dim;
-      representatives.insert(representatives.end(), key, key + head_dim);
+      all.rows.insert(all.rows.end(), key, key + head_dim);
     }
   }
   for (int64_t r = 0; r < pattern.outliers; ++r) {
     for (const std::vector<int32_t>& keys : choice.outliers) {
       const float* key = k + keys[r] * head_dim;
-      representatives.insert(representatives.end(), key, key + head_dim);
+      all.rows.insert(all.rows.end(), key, key + head_dim);
     }
   }
-  return SelectByShare(q, k, num_tokens, head_dim, representatives,
-                       NumRepresentatives(pattern.samples, pattern.outliers), pattern.samples, scale,
-                       pattern.min_share);
+  if (pattern.coarse > 0) {
+    all.coarse = ChooseCoarse(all.rows, all.count, num_tokens / kBlock, head_dim, pattern.coarse);
+  }
+  return SelectByShare(q, k, num_tokens, head_dim, all, scale, pattern.min_share);
 }
 
 }  // namespace longfill::oracle

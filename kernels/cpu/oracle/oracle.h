@@ -91,16 +91,31 @@ struct RepresentativeChoice {
 RepresentativeChoice ChooseRepresentatives(const float* k, int64_t num_tokens, int64_t head_dim,
                                            int64_t num_outliers);
 
+// What stands for the key blocks of a KV head, and with two levels for its coarse blocks, of 8 key blocks.
+struct Representatives {
+  std::vector<double> rows;  // [count, num_tokens / 64, head_dim]
+  int64_t count = 0;
+  int64_t num_samples = 0;     // the first ones
+  std::vector<double> coarse;  // [num_coarse + 1, num_tokens / 512, head_dim]
+  int64_t num_coarse = 0;      // 0: one level
+};
+// What `coarse` is for representatives [count, num_key_blocks, head_dim] of which the first are means: their
+// mean, then in turn the one that is farthest from it and from those chosen before, ties to the lower plane
+// and then the lower block.
+std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count, int64_t num_key_blocks,
+                                 int64_t head_dim, int64_t num_coarse);
+
 struct ShareSelection {
-  // [num_row_blocks][m]: the largest share that a row of row block m gives each block before it.
+  // [num_row_blocks][m]: the largest share that a row of row block m gives each block before it; 0 of a block
+  // that is not open to them.
   std::vector<std::vector<double>> shares;
+  // [num_row_blocks][m / 8]: that a row gives each coarse block wholly before it; empty with one level.
+  std::vector<std::vector<double>> coarse_shares;
   std::vector<std::vector<int32_t>> blocks;  // [num_row_blocks]: selected, ascending
 };
-// One head; q and k [num_tokens, head_dim], representatives [num_representatives, num_tokens / 64, head_dim].
-// The first `num_samples` are samples; k is read only if there are any.
+// One head; q and k [num_tokens, head_dim]. k is read only if there are samples.
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
-                             const std::vector<double>& representatives, int64_t num_representatives,
-                             int64_t num_samples, double scale, double min_share);
+                             const Representatives& representatives, double scale, double min_share);
 // The same from the keys.
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
                              double scale, const BlockShare& pattern);

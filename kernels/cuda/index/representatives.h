@@ -11,6 +11,9 @@ namespace longfill {
 // order.
 absl::Status CudaRepresentatives(const RepresentativesParams& params, DType compute_dtype,
                                  cudaStream_t stream);
+// KernelSet::CoarseRepresentatives, for the same head dims.
+absl::Status CudaCoarseRepresentatives(const CoarseRepresentativesParams& params, DType compute_dtype,
+                                       cudaStream_t stream);
 
 }  // namespace longfill
 

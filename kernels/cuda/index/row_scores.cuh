@@ -18,6 +18,9 @@ using attention::FastExp2;
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 inline constexpr int kChunkBlocks = 64;  // key blocks that are scored together: a word of bits
 
+// Below all scores, and finite, so that nothing has to be told apart.
+inline constexpr float kNoMax = -1e30F;
+
 // How far below its threshold so far, in units of log2, a score still makes its block a candidate: more than
 // what rounding takes from a threshold, which without rounding could only rise.
 inline constexpr float kCandidateSlack = 1.0F / 64;
@@ -35,8 +38,9 @@ class RowScores {
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        max_[i][half] = -INFINITY;
+        max_[i][half] = kNoMax;
         sum_[i][half] = 0;
+        thresholds_[i][half] = -INFINITY;
       }
     }
   }
@@ -56,14 +60,15 @@ class RowScores {
       }
     }
   }
-  // Hides the blocks of the chunk from `num_visible` on.
-  __device__ __forceinline__ void Mask(int num_visible) {
-    if (num_visible >= kChunkBlocks) return;
+  // Hides all but the first num_visible(n) blocks of the n-th eight of the chunk.
+  template <typename NumVisible>
+  __device__ __forceinline__ void Mask(const NumVisible& num_visible) {
 #pragma unroll
     for (int n = 0; n < kBlockTiles; ++n) {
+      const int count = num_visible(n);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (8 * n + 2 * (lane() % 4) + e % 2 < num_visible) continue;
+        if (2 * (lane() % 4) + e % 2 < count) continue;
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) scores[i][n][e] = -INFINITY;
       }
@@ -86,53 +91,57 @@ class RowScores {
     }
   }
 
-  // Takes the chunk, of which some block is visible, into maxima and sums.
+  // Takes the chunk into maxima and sums of each lane's blocks, eight after eight from the last to the first:
+  // what comes out does not depend on which eights make a chunk, and hidden ones change nothing.
   __device__ __forceinline__ void Accumulate() {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float best = -INFINITY;
+        best_[i][half] = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < kBlockTiles; ++n) {
-          best = fmaxf(best, fmaxf(scores[i][n][2 * half], scores[i][n][2 * half + 1]));
+        for (int n = kBlockTiles - 1; n >= 0; --n) {
+          const float first = scores[i][n][2 * half], second = scores[i][n][2 * half + 1];
+          const float best = fmaxf(first, second) * scale_log2_;
+          const float max = fmaxf(max_[i][half], best);
+          sum_[i][half] =
+              fmaf(sum_[i][half], FastExp2(max_[i][half] - max), FastExp2(fmaf(first, scale_log2_, -max)));
+          sum_[i][half] += FastExp2(fmaf(second, scale_log2_, -max));
+          max_[i][half] = max;
+          best_[i][half] = fmaxf(best_[i][half], best);
         }
-        best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, 2));
-        best_[i][half] = best * scale_log2_;
-        const float max = fmaxf(max_[i][half], best_[i][half]);
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < kBlockTiles; ++n) {
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            sum += FastExp2(fmaf(scores[i][n][e], scale_log2_, -max));
-          }
-        }
-        sum += __shfl_xor_sync(kAllLanes, sum, 1);
-        sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        sum_[i][half] = fmaf(sum_[i][half], FastExp2(max_[i][half] - max), sum);
-        max_[i][half] = max;
       }
     }
   }
 
-  // Scaled scores from which on a row gives a block its share, with the blocks taken in so far; no score is
-  // as high for rows that do not exist or have seen no block.
-  __device__ __forceinline__ void SetThresholds() {
+  // log2 of a row's sum over the blocks taken in so far, in its four lanes; -infinity if there are none.
+  __device__ __forceinline__ float LogSum(int i, int half) const {
+    float max = max_[i][half];
+    max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 1));
+    max = fmaxf(max, __shfl_xor_sync(kAllLanes, max, 2));
+    float sum = sum_[i][half] * FastExp2(max_[i][half] - max);
+    sum += __shfl_xor_sync(kAllLanes, sum, 1);
+    sum += __shfl_xor_sync(kAllLanes, sum, 2);
+    return max + __log2f(sum);
+  }
+  // Scaled scores from which on a row gives a block its share, with the blocks taken in so far or with
+  // least_sum(i, half), where that is more, as log2 of a sum; no score is as high for rows that do not exist
+  // or have neither. Until then every score is.
+  template <typename LeastSum>
+  __device__ __forceinline__ void SetThresholds(const LeastSum& least_sum) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = 16 * i + 8 * half + lane() / 4;
-        const bool votes = row < num_rows_ && sum_[i][half] > 0;
-        thresholds_[i][half] = votes ? max_[i][half] + log2f(sum_[i][half]) + share_log2_ : INFINITY;
+        const float sum = fmaxf(LogSum(i, half), least_sum(i, half));
+        const bool votes = 16 * i + 8 * half + lane() / 4 < num_rows_ && sum > -INFINITY;
+        thresholds_[i][half] = votes ? sum + share_log2_ : INFINITY;
       }
     }
   }
 
-  // Whether the chunk that was taken in last has candidates, by thresholds that may still rise: most have
-  // none.
+  // Whether the chunk that was taken in last may have candidates, by thresholds that were set before or after
+  // it and may still rise: most chunks have none.
   __device__ __forceinline__ bool HasCandidates() const {
     bool any = false;
 #pragma unroll
@@ -202,9 +211,9 @@ class RowScores {
   const float scale_log2_;
   const float share_log2_;
   const int num_rows_;        // of the warp
-  float max_[kRowTiles][2];   // scaled
+  float max_[kRowTiles][2];   // scaled, of the lane's blocks
   float sum_[kRowTiles][2];   // relative to it
-  float best_[kRowTiles][2];  // scaled, of the chunk that was taken in last
+  float best_[kRowTiles][2];  // scaled, of the lane's blocks of the chunk that was taken in last
   float thresholds_[kRowTiles][2];
 };
 

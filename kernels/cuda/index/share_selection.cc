@@ -70,6 +70,12 @@ absl::Status Check(const ShareSelectionParams& params) {
   if (!(params.scale > 0)) {
     return absl::InvalidArgumentError(absl::StrCat(kOperation, ": scale ", params.scale, " is not above 0"));
   }
+  LF_RETURN_IF_ERROR(CheckCoarse("share selection: num_", params.num_coarse, params.num_samples));
+  if (params.num_coarse > 0 && params.num_key_blocks >= kCoarseBlocks &&
+      (params.coarse == nullptr || !cuda::AlignedTo16(params.coarse))) {
+    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": num_coarse ", params.num_coarse,
+                                                   " without coarse at an address aligned to 16 bytes"));
+  }
   LF_RETURN_IF_ERROR(CheckPositions(params));
   return CheckShares(params);
 }
@@ -79,61 +85,151 @@ int64_t TileRows(int64_t head_dim, bool hopper) {
   return head_dim <= 128 ? ShareShape<128>::kRows : ShareShape<256>::kRows;
 }
 
-// Tiles of each head in a launch. Both sweeps are counted in full.
-int64_t TilesAtOnce(const ShareSelectionParams& params, int64_t num_heads, bool hopper) {
-  const double flops = 2.0 * 2.0 * static_cast<double>(params.head_dim) *
-                       static_cast<double>(TileRows(params.head_dim, hopper)) *
-                       static_cast<double>(params.num_representatives) *
-                       static_cast<double>(std::max<int64_t>(1, params.num_key_blocks)) *
-                       static_cast<double>(num_heads);
-  return static_cast<int64_t>(
-      std::clamp(kLaunchSeconds * (hopper ? kHopperFlops : kFlops) / flops, 1.0, 1e6));
+// What the first of two levels leaves for the second: which coarse blocks are open to each row block, and
+// each row's sum over them.
+struct CoarseLayout {
+  explicit CoarseLayout(const ShareSelectionBounds& bounds)
+      : num_coarse_blocks(bounds.num_key_blocks / kCoarseBlocks) {
+    if (bounds.num_coarse == 0 || num_coarse_blocks == 0) return;
+    open_words = (num_coarse_blocks + 63) / 64;
+    sums =
+        bounds.num_heads * RowBlocksOf(bounds.num_rows) * open_words * static_cast<int64_t>(sizeof(uint64_t));
+    total_bytes = sums + bounds.num_heads * bounds.num_rows * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t num_coarse_blocks = 0;
+  int64_t open_words = 0;  // of a row block; 0: there is one level
+  int64_t sums = 0;        // byte offset
+  int64_t total_bytes = 0;
+};
+
+ShareSelectionBounds BoundsOf(const ShareSelectionParams& params) {
+  return {params.num_heads,      params.num_rows, params.num_representatives,
+          params.num_key_blocks, params.head_dim, params.num_coarse};
 }
+
+class Launcher {
+ public:
+  Launcher(const ShareSelectionParams& params, DType dtype, const DeviceLimits& limits, cudaStream_t stream)
+      : params_(params),
+        dtype_(dtype),
+        stream_(stream),
+        hopper_(HasHopperShareSelection(params.head_dim, limits)),
+        tile_rows_(TileRows(params.head_dim, hopper_)) {}
+
+  // Of heads from `head` on, as many as a launch takes, what both levels have in common.
+  ShareSelectionArgs ArgsFrom(int64_t head) const {
+    ShareSelectionArgs args;
+    args.q = Advance(params_.q.data, head * params_.q.head_stride, dtype_);
+    args.q_head_stride = params_.q.head_stride;
+    args.q_row_stride = params_.q.row_stride;
+    args.num_heads = static_cast<int32_t>(std::min<int64_t>(kMaxShareHeads, params_.num_heads - head));
+    args.num_rows = params_.num_rows;
+    args.positions = params_.positions;
+    args.scale_log2 = static_cast<float>(params_.scale * std::numbers::log2e);
+    return args;
+  }
+
+  // Those of coarse blocks, of which a share of kOpenFactor of the least is enough.
+  absl::Status SelectCoarse(const CoarseLayout& layout, Workspace workspace) const {
+    for (int64_t head = 0; head < params_.num_heads; head += kMaxShareHeads) {
+      ShareSelectionArgs args = ArgsFrom(head);
+      args.representatives = params_.coarse;
+      args.num_representatives = static_cast<int32_t>(params_.num_coarse + 1);
+      args.block_keys = static_cast<int32_t>(kCoarseBlocks * kRowBlock);
+      args.bits = static_cast<uint64_t*>(workspace.data) + FirstRowBlock(head) * layout.open_words;
+      args.words_per_row = layout.open_words;
+      args.sums = SumsOf(head, layout, workspace);
+      LF_RETURN_IF_ERROR(LaunchTiles(args, head, kOpenFactor, layout.num_coarse_blocks));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Select(const CoarseLayout& layout, Workspace workspace) const {
+    for (int64_t head = 0; head < params_.num_heads; head += kMaxShareHeads) {
+      ShareSelectionArgs args = ArgsFrom(head);
+      args.representatives = params_.representatives;
+      args.num_representatives = static_cast<int32_t>(params_.num_representatives);
+      args.num_samples = static_cast<int32_t>(params_.num_samples);
+      if (params_.num_samples > 0) {
+        const double weight = static_cast<double>(kRowBlock) / static_cast<double>(params_.num_samples);
+        args.sample_bonus = static_cast<float>(std::log(weight) / params_.scale);
+        args.own_k = params_.own_k;
+        args.own_k_row_stride = params_.own_k_row_stride;
+      }
+      args.bits = params_.bits + FirstRowBlock(head) * params_.words_per_row;
+      args.words_per_row = params_.words_per_row;
+      if (layout.open_words > 0) {
+        args.open = static_cast<const uint64_t*>(workspace.data) + FirstRowBlock(head) * layout.open_words;
+        args.open_words = layout.open_words;
+        args.coarse_sums = SumsOf(head, layout, workspace);
+      }
+      LF_RETURN_IF_ERROR(LaunchTiles(args, head, 1, params_.num_key_blocks));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  int64_t FirstRowBlock(int64_t head) const { return head * RowBlocksOf(params_.num_rows); }
+  float* SumsOf(int64_t head, const CoarseLayout& layout, Workspace workspace) const {
+    return reinterpret_cast<float*>(static_cast<char*>(workspace.data) + layout.sums) +
+           head * params_.num_rows;
+  }
+
+  // All tiles of the heads from `head` on, some at a time, against `num_blocks` blocks.
+  absl::Status LaunchTiles(ShareSelectionArgs args, int64_t head, double share_factor,
+                           int64_t num_blocks) const {
+    args.plane_stride = num_blocks * params_.head_dim;
+    for (int32_t i = 0; i < args.num_heads; ++i) {
+      args.share_log2[i] = static_cast<float>(std::log2(share_factor * params_.min_share[head + i]));
+    }
+    const int64_t at_once = TilesAtOnce(args, num_blocks);
+    for (int64_t end = (params_.num_rows + tile_rows_ - 1) / tile_rows_; end > 0; end -= at_once) {
+      args.end_tile = end;
+      const int64_t count = std::min(at_once, end);
+      LF_RETURN_IF_ERROR(
+          hopper_ ? LaunchHopperShareSelection(args, count, num_blocks, params_.head_dim, dtype_, stream_)
+                  : LaunchShareSelection(args, count, params_.head_dim, dtype_, stream_));
+    }
+    return absl::OkStatus();
+  }
+
+  // Of each head in a launch. Both sweeps are counted in full.
+  int64_t TilesAtOnce(const ShareSelectionArgs& args, int64_t num_blocks) const {
+    const double flops = 2.0 * 2.0 * static_cast<double>(params_.head_dim) * static_cast<double>(tile_rows_) *
+                         static_cast<double>(args.num_representatives) *
+                         static_cast<double>(std::max<int64_t>(1, num_blocks)) *
+                         static_cast<double>(args.num_heads);
+    const double rate = hopper_ ? kHopperFlops : kFlops;
+    return static_cast<int64_t>(std::clamp(kLaunchSeconds * rate / flops, 1.0, 1e6));
+  }
+
+  const ShareSelectionParams& params_;
+  const DType dtype_;
+  const cudaStream_t stream_;
+  const bool hopper_;
+  const int64_t tile_rows_;
+};
 
 }  // namespace
 
-absl::Status CudaSelectByShare(const ShareSelectionParams& params, DType compute_dtype,
+int64_t CudaShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) {
+  return CoarseLayout(bounds).total_bytes;
+}
+
+absl::Status CudaSelectByShare(const ShareSelectionParams& params, Workspace workspace, DType compute_dtype,
                                const DeviceLimits& limits, cudaStream_t stream) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_heads", params.num_heads, 0));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_rows", params.num_rows, 0));
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(Check(params));
-  const bool hopper = HasHopperShareSelection(params.head_dim, limits);
-  const int64_t tile_rows = TileRows(params.head_dim, hopper);
-  const int64_t num_tiles = (params.num_rows + tile_rows - 1) / tile_rows;
-  const int64_t row_blocks = RowBlocksOf(params.num_rows);
-  for (int64_t head = 0; head < params.num_heads; head += kMaxShareHeads) {
-    ShareSelectionArgs args;
-    args.q = Advance(params.q.data, head * params.q.head_stride, compute_dtype);
-    args.q_head_stride = params.q.head_stride;
-    args.q_row_stride = params.q.row_stride;
-    args.representatives = params.representatives;
-    args.plane_stride = params.num_key_blocks * params.head_dim;
-    args.num_representatives = static_cast<int32_t>(params.num_representatives);
-    args.num_samples = static_cast<int32_t>(params.num_samples);
-    if (params.num_samples > 0) {
-      const double weight = static_cast<double>(kRowBlock) / static_cast<double>(params.num_samples);
-      args.sample_bonus = static_cast<float>(std::log(weight) / params.scale);
-      args.own_k = params.own_k;
-      args.own_k_row_stride = params.own_k_row_stride;
-    }
-    args.num_heads = static_cast<int32_t>(std::min<int64_t>(kMaxShareHeads, params.num_heads - head));
-    args.num_rows = params.num_rows;
-    args.positions = params.positions;
-    args.scale_log2 = static_cast<float>(params.scale * std::numbers::log2e);
-    args.bits = params.bits + head * row_blocks * params.words_per_row;
-    args.words_per_row = params.words_per_row;
-    for (int32_t i = 0; i < args.num_heads; ++i) args.share_log2[i] = std::log2(params.min_share[head + i]);
-    const int64_t at_once = TilesAtOnce(params, args.num_heads, hopper);
-    for (int64_t end = num_tiles; end > 0; end -= at_once) {
-      args.end_tile = end;
-      const int64_t count = std::min(at_once, end);
-      LF_RETURN_IF_ERROR(hopper ? LaunchHopperShareSelection(args, count, params.num_key_blocks,
-                                                             params.head_dim, compute_dtype, stream)
-                                : LaunchShareSelection(args, count, params.head_dim, compute_dtype, stream));
-    }
+  const CoarseLayout layout(BoundsOf(params));
+  LF_RETURN_IF_ERROR(cuda::CheckWorkspace(kOperation, workspace, layout.total_bytes));
+  if (layout.total_bytes > 0 && !cuda::AlignedTo16(workspace.data)) {
+    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": the workspace is not aligned to 16 bytes"));
   }
-  return absl::OkStatus();
+  const Launcher launcher(params, compute_dtype, limits, stream);
+  if (layout.open_words > 0) LF_RETURN_IF_ERROR(launcher.SelectCoarse(layout, workspace));
+  return launcher.Select(layout, workspace);
 }
 
 }  // namespace longfill

@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <new>
 
 #include "kernels/cuda/attention/tile_memory.cuh"
 #include "kernels/cuda/index/gather_blocks.cuh"
@@ -28,6 +29,7 @@ using attention::WaitForCopies;
 
 template <typename Shape>
 struct SharedMemory {
+  ShareTile<Shape::kRows> tile;
   // The tile's queries go through them first.
   alignas(128) char stages[Shape::kStages][kChunkBlocks * Shape::kRowBytes];
   uint64_t votes[2][Shape::kWarps];  // of even and odd chunks
@@ -46,13 +48,15 @@ class Tile {
         shared_(*shared),
         thread_(static_cast<int>(threadIdx.x)),
         warp_(static_cast<int>(threadIdx.x) / 32),
-        tile_(args),
-        rows_(args.scale_log2, args.share_log2[tile_.head()], tile_.num_rows() - warp_ * Shape::kWarpRows) {}
+        tile_(shared->tile),
+        rows_(args.scale_log2, args.share_log2[shared->tile.head()],
+              shared->tile.num_rows() - warp_ * Shape::kWarpRows) {}
 
   __device__ __forceinline__ void Run() {
     LoadQueries();
     if (args_.num_samples > 0) TakeOwnKeys();
     MarkCandidates();
+    StoreSums();
     ClearOthers();
     SetForcedBlocks();
   }
@@ -117,62 +121,107 @@ class Tile {
     });
   }
 
+  // Eights of the chunk that are open to row block i.
+  __device__ __forceinline__ uint32_t OpenOf(int i, int32_t chunk) const {
+    if (!tile_.Exists(i)) return 0;
+    return static_cast<uint32_t>(tile_.OpenEights(args_, i, chunk / 8) >> (chunk % 8 * 8)) & 0xFF;
+  }
+  // The last chunk up to this one of which something is open to some row block, or -1.
+  __device__ __forceinline__ int32_t LastOpen(int32_t chunk) const {
+    for (; chunk >= 0; --chunk) {
+      for (int i = 0; i < kRowBlocks; ++i) {
+        if (OpenOf(i, chunk) != 0) return chunk;
+      }
+    }
+    return -1;
+  }
+
   // From the nearest chunk to the first, since most rows give near blocks much of their share: their
   // thresholds are close to the last ones soon. Stages follow each other over the ends of chunks; what was
   // voted for a chunk is written one stage later.
   __device__ __forceinline__ void MarkCandidates() {
-    const int32_t num_chunks = tile_.num_chunks();
+    for (int i = 0; i < kRowBlocks; ++i) {
+      if (!tile_.Exists(i)) continue;
+      for (int64_t w = thread_; w < args_.words_per_row; w += Shape::kThreads) tile_.BitsOf(args_, i)[w] = 0;
+    }
+    __syncthreads();
     const auto load = [&](int stage, int32_t chunk, int r) {
       LoadStage(stage, r, [&](int i) {
         const int32_t block = chunk * kChunkBlocks + i;
         return block < tile_.num_blocks() ? block : -1;
       });
     };
-    const int32_t blocks_before = tile_.BlocksBefore(warp_ / Shape::kWarpsOfRowBlock);  // of this warp's rows
+    const int row_block = warp_ / Shape::kWarpsOfRowBlock;
+    const int32_t blocks_before = tile_.BlocksBefore(row_block);
     int stage = 0;
-    if (num_chunks > 0) load(0, num_chunks - 1, 0);
-    for (int32_t chunk = num_chunks - 1; chunk >= 0; --chunk) {
+    int32_t before = -1;  // the chunk before this one
+    int32_t chunk = LastOpen(tile_.num_chunks() - 1);
+    if (chunk >= 0) load(0, chunk, 0);
+    for (int parity = 0; chunk >= 0; parity ^= 1) {
+      const int32_t next = LastOpen(chunk - 1);
       rows_.Clear();
       for (int r = 0; r < args_.num_representatives; ++r) {
         WaitForCopies();
         __syncthreads();  // the stage is here, the other one has been read
-        if (r == 0 && chunk + 1 < num_chunks) WriteCandidates(chunk + 1);
+        if (r == 0 && before >= 0) WriteCandidates(before, parity ^ 1);
         const bool last = r + 1 == args_.num_representatives;
         if (!last) {
           load(stage ^ 1, chunk, r + 1);
-        } else if (chunk > 0) {
-          load(stage ^ 1, chunk - 1, 0);
+        } else if (next >= 0) {
+          load(stage ^ 1, next, 0);
         }
         queries_.Score(shared_.stages[stage], Bonus(r), &rows_);
         stage ^= 1;
       }
-      const int32_t num_visible = blocks_before - chunk * kChunkBlocks;  // the same for all rows of a warp
+      const uint32_t open = OpenOf(row_block, chunk);
       uint64_t votes = 0;
-      if (num_visible > 0) {
-        rows_.Mask(num_visible);
+      if (open != 0) {
+        const int32_t num_visible = blocks_before - chunk * kChunkBlocks;
+        if (open != 0xFF || num_visible < kChunkBlocks) {
+          rows_.Mask([&](int n) { return (open >> n & 1) != 0 ? num_visible - 8 * n : 0; });
+        }
         rows_.Accumulate();
-        rows_.SetThresholds();
-        if (rows_.HasCandidates()) votes = rows_.Votes(kCandidateSlack);
+        if (rows_.HasCandidates()) {
+          SetThresholds();
+          votes = rows_.Votes(kCandidateSlack);
+        }
       }
-      if (thread_ % 32 == 0) shared_.votes[chunk % 2][warp_] = votes;
-    }
-    __syncthreads();
-    if (num_chunks > 0) WriteCandidates(0);
-    for (int i = 0; i < kRowBlocks; ++i) {
-      if (!tile_.Exists(i)) continue;
-      for (int64_t w = num_chunks + thread_; w < args_.words_per_row; w += Shape::kThreads)
-        tile_.BitsOf(i)[w] = 0;
+      if (thread_ % 32 == 0) shared_.votes[parity][warp_] = votes;
+      before = chunk;
+      chunk = next;
+      if (next < 0) {
+        __syncthreads();
+        WriteCandidates(before, parity);
+      }
     }
     __syncthreads();  // the bits can be read
   }
 
-  __device__ __forceinline__ void WriteCandidates(int32_t chunk) {
+  __device__ __forceinline__ void WriteCandidates(int32_t chunk, int parity) {
     if (thread_ < kRowBlocks && tile_.Exists(thread_))
-      tile_.BitsOf(thread_)[chunk] = VotesOf(thread_, chunk % 2);
+      tile_.BitsOf(args_, thread_)[chunk] = VotesOf(thread_, parity);
+  }
+
+  __device__ __forceinline__ int RowOf(int i, int half) const {
+    return warp_ * Shape::kWarpRows + 16 * i + 8 * half + thread_ % 32 / 4;
+  }
+  __device__ __forceinline__ void SetThresholds() {
+    rows_.SetThresholds([&](int i, int half) { return tile_.CoarseSum(args_, RowOf(i, half)); });
+  }
+  __device__ __forceinline__ void StoreSums() {
+    if (args_.sums == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < Shape::kRowTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = rows_.LogSum(i, half);
+        if (thread_ % 4 == 0) tile_.StoreSum(args_, RowOf(i, half), sum);
+      }
+    }
   }
 
   __device__ __forceinline__ void ClearOthers() {
-    rows_.SetThresholds();  // of all blocks
+    SetThresholds();  // of all blocks
     for (int32_t word = 0; word < tile_.num_chunks();) {
       if (warp_ == 0) Gather(word);
       __syncthreads();
@@ -188,7 +237,7 @@ class Tile {
     const auto candidates = [&](int32_t w) {
       uint64_t bits = 0;
       for (int i = 0; i < kRowBlocks; ++i) {
-        if (tile_.Exists(i)) bits |= tile_.BitsOf(i)[w];
+        if (tile_.Exists(i)) bits |= tile_.BitsOf(args_, i)[w];
       }
       return bits;
     };
@@ -218,18 +267,18 @@ class Tile {
     const int i = thread_ % kChunkBlocks;
     if (row_block >= kRowBlocks || !tile_.Exists(row_block) || i >= count) return;
     if ((VotesOf(row_block, 0) >> i & 1) != 0) return;
-    tile_.ClearBlock(row_block, shared_.gathered[i]);
+    tile_.ClearBlock(args_, row_block, shared_.gathered[i]);
   }
 
   __device__ __forceinline__ void SetForcedBlocks() {
-    if (thread_ < kRowBlocks && tile_.Exists(thread_)) tile_.SetForcedBlocks(thread_);
+    if (thread_ < kRowBlocks && tile_.Exists(thread_)) tile_.SetForcedBlocks(args_, thread_);
   }
 
   const ShareSelectionArgs& args_;
   SharedMemory<Shape>& shared_;
   const int thread_;
   const int warp_;
-  const ShareTile<Shape::kRows> tile_;
+  const ShareTile<Shape::kRows>& tile_;
   ShareRows<Element, Shape> queries_;
   RowScores<Shape::kRowTiles> rows_;
 };
@@ -240,7 +289,10 @@ __global__ void __launch_bounds__(ShareShape<kHeadDim>::kThreads, ShareShape<kHe
     ShareSelectionKernel(const __grid_constant__ ShareSelectionArgs args) {
   extern __shared__ __align__(128) char memory[];
   using Shape = ShareShape<kHeadDim>;
-  Tile<Element, Shape>(args, reinterpret_cast<SharedMemory<Shape>*>(memory)).Run();
+  auto* shared = reinterpret_cast<SharedMemory<Shape>*>(memory);
+  if (threadIdx.x == 0) new (&shared->tile) ShareTile<Shape::kRows>(args);
+  __syncthreads();
+  Tile<Element, Shape>(args, shared).Run();
 }
 
 template <typename Element, int kHeadDim>

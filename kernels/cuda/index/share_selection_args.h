@@ -26,9 +26,17 @@ struct ShareSelectionArgs {
   int32_t num_heads = 0;         // of the launch
   int64_t num_rows = 0;          // of a head
   PositionMap positions;
-  float scale_log2 = 0;  // scale / ln 2
+  float scale_log2 = 0;            // scale / ln 2
+  int32_t block_keys = kRowBlock;  // of a key block, or of a coarse block
   uint64_t* bits = nullptr;
   int64_t words_per_row = 0;
+  // Of a selection of coarse blocks, the first of two launches: log2 of each row's sum, [num_heads,
+  // num_rows], -infinity where it sees no block. It forces no blocks.
+  float* sums = nullptr;
+  // Of the second: what the first has written, of the same rows.
+  const uint64_t* open = nullptr;  // [num_heads, ceil(num_rows / 64), open_words]; null: all blocks are open
+  int64_t open_words = 0;
+  const float* coarse_sums = nullptr;
   int64_t end_tile = 0;  // the tile behind the launch's last one
   float share_log2[kMaxShareHeads] = {};
 };

@@ -16,8 +16,8 @@ namespace longfill {
 namespace {
 
 constexpr int64_t kRows = 40, kWidth = 256, kHeads = 4, kHeadDim = 64;
-constexpr int64_t kTokens = 512, kKvHeads = 2, kCapacity = 256, kWords = kTokens / 64, kOutliers = 4,
-                  kSamples = 8;
+constexpr int64_t kTokens = 1024, kKvHeads = 2, kCapacity = 256, kWords = kTokens / 64, kOutliers = 4,
+                  kSamples = 8, kCoarse = 3;
 
 class GraphCaptureTest : public ::testing::Test {
  protected:
@@ -170,18 +170,19 @@ class LayerGraphTest : public GraphCaptureTest {
     counts_ = Array(kHeads * static_cast<int64_t>(sizeof(IndexCounts)));
     pairs_ = Array(kHeads * static_cast<int64_t>(sizeof(PairCounts)));
     representatives_ = Array(NumRepresentatives(kSamples, kOutliers) * kWords * kHeadDim * 2);
+    coarse_ = Array((kCoarse + 1) * (kWords / kCoarseBlocks) * kHeadDim * 2);
     row_offsets_ = Array(kHeads * (kWords + 1) * 8);
     key_blocks_ = Array(kHeads * kWords * (kWords + 1) / 2 * 4);
     num_entries_ = Array(8);
     bounds_ = {.num_q_heads = kHeads, .num_q_rows = kTokens, .head_dim = kHeadDim};
-    workspace_ = Array(std::max(
-        {kernels().LastQueryWorkspaceBytes(kHeads, kTokens, kHeadDim),
-         kernels().BuildIndexWorkspaceBytes(kHeads, kWords),
-         kernels().CountPairsWorkspaceBytes(kHeads, kTokens),
-         kernels().ShareSelectionWorkspaceBytes(
-             {kHeads / kKvHeads, kTokens, NumRepresentatives(kSamples, kOutliers), kWords, kHeadDim}),
-         kernels().BuildBlockListsWorkspaceBytes(kHeads / kKvHeads, kWords),
-         kernels().AttentionWorkspaceBytes(bounds_)}));
+    workspace_ = Array(std::max({kernels().LastQueryWorkspaceBytes(kHeads, kTokens, kHeadDim),
+                                 kernels().BuildIndexWorkspaceBytes(kHeads, kWords),
+                                 kernels().CountPairsWorkspaceBytes(kHeads, kTokens),
+                                 kernels().ShareSelectionWorkspaceBytes(
+                                     {kHeads / kKvHeads, kTokens, NumRepresentatives(kSamples, kOutliers),
+                                      kWords, kHeadDim, kCoarse}),
+                                 kernels().BuildBlockListsWorkspaceBytes(kHeads / kKvHeads, kWords),
+                                 kernels().AttentionWorkspaceBytes(bounds_)}));
   }
 
   Workspace workspace() { return {workspace_.data(), workspace_.size_bytes()}; }
@@ -189,10 +190,10 @@ class LayerGraphTest : public GraphCaptureTest {
   absl::Status Select();
   absl::Status Build(std::vector<IndexView>* indices);
   absl::Status Attend(const std::vector<IndexView>& indices);
-  absl::Status SelectShares(std::vector<IndexView>* indices);
-  absl::Status ShareLayer() {
+  absl::Status SelectShares(const BlockShare& pattern, std::vector<IndexView>* indices);
+  absl::Status ShareLayer(const BlockShare& pattern) {
     std::vector<IndexView> indices;
-    LF_RETURN_IF_ERROR(SelectShares(&indices));
+    LF_RETURN_IF_ERROR(SelectShares(pattern, &indices));
     return Attend(indices);
   }
   absl::Status Layer() {
@@ -206,7 +207,7 @@ class LayerGraphTest : public GraphCaptureTest {
   AttentionBounds bounds_;
   Buffer q_, k_, v_, out_, row_max_, row_sum_, slash_, scores_, cuts_, histogram_, bits_;
   Buffer columns_, distances_, runs_, counts_, pairs_, workspace_;
-  Buffer representatives_, row_offsets_, key_blocks_, num_entries_;
+  Buffer representatives_, coarse_, row_offsets_, key_blocks_, num_entries_;
 };
 
 absl::Status LayerGraphTest::Score() {
@@ -298,7 +299,8 @@ absl::Status LayerGraphTest::Attend(const std::vector<IndexView>& indices) {
 
 // 64 tokens are a block, and as many blocks a word of bits: row blocks and key blocks number kWords, and a
 // row of bits is one word.
-absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
+absl::Status LayerGraphTest::SelectShares(const BlockShare& pattern, std::vector<IndexView>* indices) {
+  const int64_t num_representatives = NumRepresentatives(pattern.samples, pattern.outliers);
   constexpr int64_t kGroup = kHeads / kKvHeads;
   LF_RETURN_IF_ERROR(kernels().Zero(num_entries_.data(), 8, stream()));
   for (int64_t kv_head = 0; kv_head < kKvHeads; ++kv_head) {
@@ -308,10 +310,19 @@ absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
          .num_heads = 1,
          .num_keys = kTokens,
          .head_dim = kHeadDim,
-         .num_outliers = kOutliers,
-         .num_samples = kSamples,
+         .num_outliers = pattern.outliers,
+         .num_samples = pattern.samples,
          .out = representatives_.data()},
         stream()));
+    if (pattern.coarse > 0) {
+      LF_RETURN_IF_ERROR(kernels().CoarseRepresentatives({.representatives = representatives_.data(),
+                                                          .num_representatives = num_representatives,
+                                                          .num_key_blocks = kWords,
+                                                          .head_dim = kHeadDim,
+                                                          .num_coarse = pattern.coarse,
+                                                          .out = coarse_.data()},
+                                                         stream()));
+    }
     const std::vector<float> min_share = {0.1F, 0.3F};
     LF_RETURN_IF_ERROR(
         kernels().SelectByShare({.q = {Advance(q_.data(), first_head * kTokens * kHeadDim, DType::kBFloat16),
@@ -319,11 +330,13 @@ absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
                                  .num_heads = kGroup,
                                  .num_rows = kTokens,
                                  .representatives = representatives_.data(),
-                                 .num_representatives = NumRepresentatives(kSamples, kOutliers),
-                                 .num_samples = kSamples,
+                                 .num_representatives = num_representatives,
+                                 .num_samples = pattern.samples,
                                  .own_k = Advance(k_.data(), kv_head * kTokens * kHeadDim, DType::kBFloat16),
                                  .own_k_row_stride = kHeadDim,
                                  .num_key_blocks = kWords,
+                                 .coarse = coarse_.data(),
+                                 .num_coarse = pattern.coarse,
                                  .head_dim = kHeadDim,
                                  .scale = 0.125F,
                                  .min_share = min_share,
@@ -352,9 +365,13 @@ absl::Status LayerGraphTest::SelectShares(std::vector<IndexView>* indices) {
 }
 
 TEST_F(LayerGraphTest, ShareSelectionAndAttention) {
-  ExpectReplayEqual(out_, [&] { return ShareLayer(); });
-  ExpectReplayEqual(pairs_, [&] { return ShareLayer(); });
-  ExpectReplayEqual(num_entries_, [&] { return ShareLayer(); });
+  for (const BlockShare& pattern :
+       {BlockShare{kOutliers, 0.1, kSamples}, BlockShare{kOutliers, 0.1, 0, kCoarse}}) {
+    SCOPED_TRACE(ToString(pattern));
+    ExpectReplayEqual(out_, [&] { return ShareLayer(pattern); });
+    ExpectReplayEqual(pairs_, [&] { return ShareLayer(pattern); });
+    ExpectReplayEqual(num_entries_, [&] { return ShareLayer(pattern); });
+  }
 }
 
 TEST_F(LayerGraphTest, SelectionAndAttention) {

@@ -35,6 +35,8 @@ TEST(WidenedPattern, MultipliesBudgets) {
   EXPECT_EQ(WidenedPattern(BlockSparse{100}, 4, 0, kTokens), HeadPattern(BlockSparse{400}));
   EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25}, 2, 0, kTokens), HeadPattern(BlockShare{4, 0.125}));
   EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25, 8}, 2, 0, kTokens), HeadPattern(BlockShare{4, 0.125, 8}));
+  EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25, 0, 8}, 2, 0, kTokens),
+            HeadPattern(BlockShare{4, 0.125, 0, 8}));
   EXPECT_EQ(WidenedPattern(Dense{}, 2, 0, kTokens), HeadPattern(Dense{}));
 }
 

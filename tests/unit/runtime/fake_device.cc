@@ -200,6 +200,9 @@ class FakeDevice::Kernels final : public KernelSet {
   int64_t SelectBlocksWorkspaceBytes(int64_t, int64_t, int64_t) const override { return 0; }
   absl::Status SelectBlocks(const SelectBlocksParams&, Workspace, Stream&) override { return CannotDo(); }
   absl::Status Representatives(const RepresentativesParams&, Stream&) override { return CannotDo(); }
+  absl::Status CoarseRepresentatives(const CoarseRepresentativesParams&, Stream&) override {
+    return CannotDo();
+  }
   int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds&) const override { return 0; }
   absl::Status SelectByShare(const ShareSelectionParams&, Workspace, Stream&) override { return CannotDo(); }
   int64_t BuildBlockListsWorkspaceBytes(int64_t, int64_t) const override { return 0; }

@@ -136,6 +136,46 @@ TEST(Oracle, SampledKeysStandForTheirNeighboursAndOwnKeysForThemselves) {
   EXPECT_NEAR(shares(0, 16)[5][1], 4 / (5 * 4 + std::exp(10)), 1e-12);
 }
 
+TEST(Oracle, CoarseBlocksStandForTheMeanAndForWhatIsFarthestFromAllChosen) {
+  const std::vector<double> rows = {0, 1, 2,  3, 4, 5, 6, 7, 50,   // means; the ninth is in no coarse block
+                                    0, 1, 10, 3, 4, 5, 6, 7, 50};  // outliers
+  EXPECT_EQ(ChooseCoarse(rows, 2, 9, 1, 3), (std::vector<double>{3.5, 10, 0, 7}));
+  EXPECT_EQ(ChooseCoarse(rows, 1, 9, 1, 2), (std::vector<double>{3.5, 0, 7}));  // both 3.5 from the mean
+  EXPECT_TRUE(ChooseCoarse({1, 2, 3, 4, 5, 6, 7}, 1, 7, 1, 3).empty());
+}
+
+TEST(Oracle, TwoLevelsLeaveOutBlocksOfACoarseBlockThatNoRowWants) {
+  const int64_t n = 18 * 64 + 1;  // two coarse blocks and two key blocks before the last row
+  const std::vector<float> q(n, 1);
+  std::vector<float> k(n, 0);
+  k[3 * 64 + 5] = 4;  // an outlier of block 3, and so of coarse block 0
+  const double key = std::exp(4);
+  const ShareSelection one_closed = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.05, 0, 1});
+  EXPECT_TRUE(one_closed.coarse_shares[7].empty());
+  EXPECT_NEAR(one_closed.coarse_shares[8][0], 1, 1e-12);
+  EXPECT_NEAR(one_closed.coarse_shares[18][0], key / (key + 1), 1e-12);
+  EXPECT_NEAR(one_closed.coarse_shares[18][1], 1 / (key + 1), 1e-12);  // 0.018, less than half of 0.05
+  EXPECT_NEAR(one_closed.shares[18][3], key / (key + 9), 1e-12);       // eight are closed
+  EXPECT_NEAR(one_closed.shares[18][16], 1 / (key + 9), 1e-12);
+  EXPECT_EQ(one_closed.shares[18][9], 0);
+  EXPECT_EQ(one_closed.blocks[18], (std::vector<int32_t>{0, 3, 15, 16, 17, 18}));
+  const ShareSelection all_open = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.02, 0, 1});
+  EXPECT_NEAR(all_open.shares[18][3], key / (key + 17), 1e-12);
+  EXPECT_NEAR(all_open.shares[18][9], 1 / (key + 17), 1e-12);
+}
+
+TEST(Oracle, SharesOfTwoLevelsAreOfTheLargerSum) {
+  const int64_t n = 44 * 64 + 1;
+  const std::vector<float> q(n, 1);
+  const std::vector<float> k(n, 0);  // five coarse blocks of equal shares, all closed where tau is 1
+  const ShareSelection selection = SelectByShare(q.data(), k.data(), n, 1, 1, {0, 1, 0, 1});
+  EXPECT_NEAR(selection.coarse_shares[44][4], 0.2, 1e-12);
+  EXPECT_EQ(selection.shares[44][39], 0);
+  EXPECT_NEAR(selection.shares[44][40], 0.2, 1e-12);       // not a quarter
+  EXPECT_NEAR(selection.shares[43][40], 0.2, 1e-12);       // not a third
+  EXPECT_NEAR(selection.shares[15][10], 1 / 15.0, 1e-12);  // one coarse block is open
+}
+
 TEST(Oracle, AttentionIsTheMeanOfTheCoveredValuesForEqualScores) {
   const std::vector<float> q(2 * 3, 0);    // 2 query heads, 3 queries, head_dim 1
   const std::vector<float> k = {5, 6, 7};  // 1 KV head

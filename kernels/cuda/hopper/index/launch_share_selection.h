@@ -11,8 +11,9 @@
 namespace longfill::cuda::hopper {
 
 struct ShareMaps {
-  CUtensorMap representatives;  // [num_representatives, num_key_blocks, head_dim]
-  CUtensorMap own_keys;         // [1, num_rows, head_dim], where there are samples
+  CUtensorMap chunks;    // [num_representatives, num_key_blocks, head_dim], 64 blocks at a time
+  CUtensorMap eights;    // the same, eight at a time
+  CUtensorMap own_keys;  // [1, num_rows, head_dim], where there are samples
 };
 
 // Instantiated for bfloat16 and float16, head dims 64, 96 and 128.

@@ -13,9 +13,9 @@ class ScoreList {
  public:
   using Rows = share_selection::RowScores<1>;
 
-  // Writes down the candidates of the chunk that begins at `block`. Returns false, and adds nothing, when
+  // Writes down the candidates of the chunk of these eights. Returns false, and adds nothing, when
   // they do not fit even without those that have turned out to fail.
-  __device__ __forceinline__ bool Add(const Rows& rows, int32_t block, ScoreEntry* entries) {
+  __device__ __forceinline__ bool Add(const Rows& rows, const Eight (&eights)[kEights], ScoreEntry* entries) {
     const int lane = attention::Lane();
     const uint32_t candidates = rows.CandidateScores(0);
     const int count = __popc(candidates);
@@ -24,12 +24,16 @@ class ScoreList {
     if (size_ + total > kMaxEntries) Compact(rows, entries);
     if (size_ + total > kMaxEntries) return false;
     ScoreEntry* to = entries + size_ + end - count;
-    const uint32_t first = static_cast<uint32_t>(block + lane % 4 * 2) * 16 + lane / 4;
+    const uint32_t column_and_row = lane % 4 * 2 * 16 + lane / 4;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      // Score 4 n + e: block 8 n + e % 2, row 8 (e / 2) of the lane's.
-      const uint32_t place = (i / 4 * 8 + i % 2) * 16 + i / 2 % 2 * 8;
-      if ((candidates >> i & 1) != 0) *to++ = {rows.scores[0][i / 4][i % 4], first + place};
+    for (int n = 0; n < kEights; ++n) {
+      const uint32_t first = static_cast<uint32_t>(eights[n].first_block()) * 16 + column_and_row;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Block 8 n + e % 2, row 8 (e / 2), of the lane's.
+        const uint32_t place = e % 2 * 16 + e / 2 * 8;
+        if ((candidates >> (4 * n + e) & 1) != 0) *to++ = {rows.scores[0][n][e], first + place};
+      }
     }
     size_ += total;
     __syncwarp();

@@ -32,7 +32,7 @@ class Consumer {
     Sweep();
     Judge();
     SyncWarpgroup(row_block_);  // nobody changes bits from here on
-    if (thread_ == 0 && tile_.Exists(row_block_)) tile_.SetForcedBlocks(row_block_);
+    if (thread_ == 0 && tile_.Exists(row_block_)) tile_.SetForcedBlocks(args_, row_block_);
   }
 
  private:
@@ -49,14 +49,14 @@ class Consumer {
                     2 * (tile_.head() * args_.q_head_stride + tile_.first_row() * args_.q_row_stride);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = FirstRowOfWarp() + attention::Lane() / 4 + 8 * half;
+      const int row = RowOf(half);
       LoadQueryRow(q + 2 * row * args_.q_row_stride, row < tile_.num_rows(), half, &q_);
     }
   }
 
   __device__ __forceinline__ void ClearBits() {
     if (tile_.Exists(row_block_)) {
-      uint64_t* const bits = tile_.BitsOf(row_block_);
+      uint64_t* const bits = tile_.BitsOf(args_, row_block_);
       for (int64_t w = thread_; w < args_.words_per_row; w += kWarpgroupThreads) bits[w] = 0;
     }
     SyncWarpgroup(row_block_);
@@ -93,18 +93,20 @@ class Consumer {
       score = fmaxf(score, products[i]);
     }
   }
-  // Before products start no value is given to what they are written to: none is kept in registers for it.
-  __device__ __forceinline__ void MultiplyOne(Ring* ring, RingPlace<kStages>* place) {
+  // The first stage of a chunk gives all scores.
+  __device__ __forceinline__ void MultiplyFirst(Ring* ring, RingPlace<kStages>* place) {
+    float(&scores)[32] = reinterpret_cast<float(&)[32]>(rows_.scores);
     const uint32_t stage = Take(ring, place);
     if (ring == &memory_.gathered) FenceSharedForAsync();
-    float products[32];
+    Pin(scores);
     StartProducts();
-    Multiply(stage, products);
+    Multiply(stage, scores);
     WaitForProducts<0>();
-    Pin(products);
+    Pin(scores);
     GiveBack(ring, stage);
-    RaiseScores(products);
   }
+  // Later ones raise them. Before products start no value is given to what they are written to, so that none
+  // is kept in registers for it.
   __device__ __forceinline__ void MultiplyStages(int count, Ring* ring, RingPlace<kStages>* place) {
     for (; InAllLanes(count > 1); count -= 2) {
       // Both are waited for before products start: a wait between them would make the compiler end the first.
@@ -124,17 +126,28 @@ class Consumer {
       GiveBack(ring, second);
       RaiseScores(products[1]);
     }
-    if (InAllLanes(count == 1)) MultiplyOne(ring, place);
+    if (InAllLanes(count != 1)) return;
+    const uint32_t stage = Take(ring, place);
+    if (ring == &memory_.gathered) FenceSharedForAsync();
+    float products[32];
+    StartProducts();
+    Multiply(stage, products);
+    WaitForProducts<0>();
+    Pin(products);
+    GiveBack(ring, stage);
+    RaiseScores(products);
   }
   // Scores of 64 blocks, of which each representative is a stage.
   __device__ __forceinline__ void ScoreBlocks(Ring* ring, RingPlace<kStages>* place) {
-    rows_.Clear();
+    MultiplyFirst(ring, place);
+    int others = args_.num_representatives - 1;
     if (args_.num_samples > 0) {
-      MultiplyStages(args_.num_samples, ring, place);
+      MultiplyStages(args_.num_samples - 1, ring, place);
+      others -= args_.num_samples - 1;
 #pragma unroll
       for (int i = 0; i < 32; ++i) rows_.scores[0][i / 4][i % 4] += args_.sample_bonus;
     }
-    MultiplyStages(args_.num_representatives - args_.num_samples, ring, place);
+    MultiplyStages(others, ring, place);
   }
   __device__ __forceinline__ void Skip(int count, Ring* ring, RingPlace<kStages>* place) {
     for (; count > 0; --count) GiveBack(ring, Take(ring, place));
@@ -147,8 +160,7 @@ class Consumer {
         Skip(1, &memory_.chunks, &place_);
         continue;
       }
-      rows_.Clear();
-      MultiplyOne(&memory_.chunks, &place_);
+      MultiplyFirst(&memory_.chunks, &place_);
       rows_.MaskLater(FirstRowOfWarp() % int{kRowBlock});
       rows_.Accumulate();
     }
@@ -158,36 +170,66 @@ class Consumer {
   // thresholds are close to the last ones soon.
   __device__ __forceinline__ void Sweep() {
     const int32_t blocks_before = tile_.BlocksBefore(row_block_);
-    for (int32_t chunk = tile_.num_chunks() - 1; chunk >= 0; --chunk) {
-      const int32_t num_visible = blocks_before - chunk * kChunkBlocks;
-      if (InAllLanes(num_visible <= 0)) {
+    for (RingPlace<Memory<kHeadDim>::kChunks> chunk;; chunk.Next()) {
+      Wait(&memory_.chunks.full[place_.place], place_.parity);
+      const Eight(&eights)[kEights] = memory_.eights[chunk.place];
+      if (InAllLanes(eights[0].number_and_open == kNoMore.number_and_open)) break;
+      const uint32_t open = OpenOf(eights);
+      if (InAllLanes(open == 0)) {
         Skip(args_.num_representatives, &memory_.chunks, &place_);
         continue;
       }
       ScoreBlocks(&memory_.chunks, &place_);
-      rows_.Mask(num_visible);
+      if (open != 0xFF || eights[kEights - 1].first_block() + 8 > blocks_before) {
+        rows_.Mask([&](int n) { return (open >> n & 1) != 0 ? blocks_before - eights[n].first_block() : 0; });
+      }
       rows_.Accumulate();
-      rows_.SetThresholds();
-      if (rows_.HasCandidates()) NoteCandidates(chunk * kChunkBlocks);
+      if (!rows_.HasCandidates()) continue;
+      SetThresholds();
+      if (rows_.HasCandidates()) NoteCandidates(eights);
     }
-    rows_.SetThresholds();  // of all blocks
+    SetThresholds();  // of all blocks
+    if (args_.sums != nullptr) StoreSums();
   }
-  __device__ __forceinline__ void NoteCandidates(int32_t block) {
-    if (!spilled_ && list_.Add(rows_, block, entries())) return;
+  // Bit n: the n-th eight is open to the row block.
+  __device__ __forceinline__ uint32_t OpenOf(const Eight (&eights)[kEights]) const {
+    const int lane = attention::Lane();
+    return __ballot_sync(attention::kAllLanes, lane < kEights && eights[lane].IsOpen(row_block_));
+  }
+  __device__ __forceinline__ static int RowOf(int half) {
+    return FirstRowOfWarp() + attention::Lane() / 4 + 8 * half;
+  }
+  __device__ __forceinline__ void SetThresholds() {
+    rows_.SetThresholds([&](int, int half) { return tile_.CoarseSum(args_, RowOf(half)); });
+  }
+  __device__ __forceinline__ void StoreSums() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = rows_.LogSum(0, half);
+      if (attention::Lane() % 4 == 0) tile_.StoreSum(args_, RowOf(half), sum);
+    }
+  }
+
+  __device__ __forceinline__ void NoteCandidates(const Eight (&eights)[kEights]) {
+    if (!spilled_ && list_.Add(rows_, eights, entries())) return;
     if (!spilled_) MarkListed(share_selection::kCandidateSlack);
     spilled_ = true;
     const uint64_t votes = rows_.Votes(share_selection::kCandidateSlack);
-    if (attention::Lane() == 0) tile_.SetBlocks(row_block_, block / 64, votes);
+    const int lane = attention::Lane();
+    const uint64_t of_eight = lane < kEights ? votes >> (8 * lane) & 0xFF : 0;
+    if (of_eight == 0) return;
+    const int32_t number = eights[lane].number();
+    tile_.SetBlocks(args_, row_block_, number / 8, of_eight << (number % 8 * 8));
   }
   __device__ __forceinline__ void MarkListed(float slack) {
-    list_.ForEach(rows_, slack, entries(), [&](int32_t block) { tile_.SetBlock(row_block_, block); });
+    list_.ForEach(rows_, slack, entries(), [&](int32_t block) { tile_.SetBlock(args_, row_block_, block); });
   }
 
   __device__ __forceinline__ void Judge() {
     if (spilled_) memory_.spilled = 1;  // whoever writes, writes the same
     SyncConsumers();
     const bool spilled = InAllLanes(memory_.spilled != 0);
-    // A warp that has spilled has nothing in its list.
+    // A warp that has spilled has marked its list.
     if (!spilled_) MarkListed(spilled ? share_selection::kCandidateSlack : 0);
     ArriveAsWarp(&memory_.marked);
     if (spilled) ClearOthers();
@@ -209,7 +251,7 @@ class Consumer {
       if (thread_ < size && tile_.Exists(row_block_)) {
         uint64_t all = 0;
         for (int i = 0; i < 4; ++i) all |= votes_of_row_block[i];
-        if ((all >> thread_ & 1) == 0) tile_.ClearBlock(row_block_, memory_.lists[list][thread_]);
+        if ((all >> thread_ & 1) == 0) tile_.ClearBlock(args_, row_block_, memory_.lists[list][thread_]);
       }
       ArriveAsWarp(&memory_.list_empty[list]);
     }

@@ -3,9 +3,10 @@
 
 // What the warps of selection by share have in common, and who waits for whom. A tile is 192 rows, a consumer
 // warpgroup for each row block of 64; the fourth warpgroup produces. A stage is one representative of each of
-// 64 key blocks, or the 64 keys of a row block. All stages go through all consumers, in one order.
+// 64 key blocks, or the 64 keys of a row block. All stages go through all consumers, in one order. The blocks
+// of a chunk are eight eights of neighbours, those that are open to some row block of the tile.
 //
-// The sweep over representatives is brought by one thread with the copy engine. Scores that may turn out to
+// The sweep over representatives is brought by one warp with the copy engine. Scores that may turn out to
 // reach their row's share are written down in shared memory, a list for each warp, and judged when the sums
 // of all blocks are known. A list that runs over is cleared of what fails by now; if that does not help, the
 // tile has spilled: its candidates are marked in the bits, and a second sweep, gathered by all producer
@@ -38,6 +39,20 @@ static_assert(kRowBlocks * kConsumerRegisters + kProducerRegisters <= 4 * 128);
 static_assert(kChunkBlocks == kSlotKeys);
 
 inline constexpr int kArrivalsOfWarp = kEachLaneArrives ? 32 : 1;
+inline constexpr int kEights = kChunkBlocks / static_cast<int>(kCoarseBlocks);
+// An eight of a chunk: its number, and bit i when it is open to row block i of the tile.
+struct Eight {
+  int32_t number_and_open;
+
+  __device__ __forceinline__ static Eight Of(int32_t number, int32_t open) { return {number << 3 | open}; }
+  __device__ __forceinline__ bool exists() const { return number_and_open >= 0; }
+  __device__ __forceinline__ int32_t number() const { return number_and_open >> 3; }
+  __device__ __forceinline__ bool IsOpen(int i) const { return exists() && (number_and_open >> i & 1) != 0; }
+  __device__ __forceinline__ int32_t first_block() const { return (number_and_open >> 3) * 8; }
+};
+static_assert(kRowBlocks <= 3);
+inline constexpr Eight kNoEight = {-1};  // a place of a chunk without blocks; never the last place
+inline constexpr Eight kNoMore = {-2};   // in all places: there are no more chunks
 inline constexpr int kLists = 2;
 inline constexpr int kMaxEntries = 768;  // of a warp's list of candidate scores
 
@@ -68,6 +83,7 @@ template <int kHeadDim>
 struct alignas(1024) Memory {
   using ShapeOf = Shape<kHeadDim>;
   static constexpr int kStages = (128 << 10) / ShapeOf::kSlotBytes;
+  static constexpr int kChunks = kStages + 1;
   using Ring = StageRing<kStages>;
 
   char stages[kStages][ShapeOf::kSlotBytes];
@@ -77,9 +93,12 @@ struct alignas(1024) Memory {
   int32_t lists[kLists][kChunkBlocks];  // list n of candidates at n % kLists
   int32_t list_size[kLists];            // 0: there are no more
   Tile tile;
+  // Of chunk n at n % kChunks, ascending. A chunk that is brought is at most kStages after one that is
+  // judged.
+  alignas(16) Eight eights[kChunks][kEights];
   Ring chunks;     // of the first sweep
   Ring gathered;   // of the second
-  Barrier marked;  // the first sweep is done
+  Barrier marked;  // all candidates are in the bits, if the tile has spilled
   Barrier list_full[kLists], list_empty[kLists];
 };
 

@@ -25,8 +25,7 @@ class Producer {
         thread_(static_cast<int>(threadIdx.x) - kConsumerThreads) {}
 
   __device__ __forceinline__ void Run() {
-    if (thread_ == 0) BringChunks();
-    __syncwarp();
+    if (thread_ < 32) BringChunks();
     Wait(&memory_.marked, 0);
     if (memory_.spilled != 0) GatherCandidates();
   }
@@ -35,29 +34,94 @@ class Producer {
   using ShapeOf = Shape<kHeadDim>;
   static constexpr int kStages = Memory<kHeadDim>::kStages;
 
-  // The keys of each row block, where there are samples, then chunks from the nearest to the first. One
-  // thread.
+  // The keys of each row block, where there are samples, then chunks from the nearest to the first. One warp.
   __device__ __forceinline__ void BringChunks() {
     if (args_.num_samples > 0) {
       for (int i = 0; i < kRowBlocks; ++i) {
-        Bring(maps_.own_keys, static_cast<int32_t>(tile_.first_row()) + i * int{kRowBlock}, 0);
+        Wait(&memory_.chunks.empty[place_.place], place_.parity ^ 1);
+        if (thread_ == 0) {
+          ArriveExpecting(&memory_.chunks.full[place_.place], ShapeOf::kSlotBytes);
+          Copy(maps_.own_keys, static_cast<int32_t>(tile_.first_row()) + i * int{kRowBlock}, 0, 0);
+        }
+        place_.Next();
       }
     }
-    for (int32_t chunk = tile_.num_chunks() - 1; chunk >= 0; --chunk) {
-      for (int r = 0; r < args_.num_representatives; ++r)
-        Bring(maps_.representatives, chunk * kChunkBlocks, r);
+    Eight eight = kNoEight;  // of this lane's place in the chunk that is filled from its end
+    int count = 0;
+    int32_t word = tile_.num_open_words() - 1;
+    OpenWords next = word >= 0 ? OpenIn(word) : OpenWords{};
+    for (; word >= 0; --word) {
+      const OpenWords open = next;
+      if (word > 0) next = OpenIn(word - 1);  // on its way while chunks are brought
+      for (uint64_t any = open.Any(); any != 0;) {
+        const int last = 63 - __clzll(static_cast<long long>(any));
+        any &= ~(1ULL << last);
+        ++count;
+        if (thread_ == kEights - count) eight = Eight::Of(64 * word + last, open.At(last));
+        if (count < kEights) continue;
+        BringChunk(eight, count);
+        eight = kNoEight;
+        count = 0;
+      }
     }
-  }
-  __device__ __forceinline__ void Bring(const CUtensorMap& map, int32_t row, int32_t plane) {
+    if (count > 0) BringChunk(eight, count);
     Wait(&memory_.chunks.empty[place_.place], place_.parity ^ 1);
-    Barrier* const full = &memory_.chunks.full[place_.place];
-    ArriveExpecting(full, ShapeOf::kSlotBytes);
-    const uint32_t to = SharedAddress(memory_.stages[place_.place]);
+    Describe(kNoMore);
+    if (thread_ == 0) Arrive(&memory_.chunks.full[place_.place]);
+  }
+  // Of 64 eights, for each row block.
+  struct OpenWords {
+    uint64_t of[kRowBlocks];
+
+    __device__ __forceinline__ uint64_t Any() const {
+      uint64_t any = 0;
+      for (int i = 0; i < kRowBlocks; ++i) any |= of[i];
+      return any;
+    }
+    __device__ __forceinline__ int32_t At(int n) const {
+      int32_t open = 0;
+      for (int i = 0; i < kRowBlocks; ++i) open |= static_cast<int32_t>(of[i] >> n & 1) << i;
+      return open;
+    }
+  };
+  __device__ __forceinline__ OpenWords OpenIn(int32_t word) const {
+    OpenWords open;
+#pragma unroll
+    for (int i = 0; i < kRowBlocks; ++i) open.of[i] = tile_.Exists(i) ? tile_.OpenEights(args_, i, word) : 0;
+    return open;
+  }
+  // Lane n < kEights has the n-th eight of the chunk; `count` of them are none of kNoEight, the last ones.
+  __device__ __forceinline__ void BringChunk(Eight eight, int count) {
+    const int32_t first = __shfl_sync(attention::kAllLanes, eight.number(), 0);
+    const int32_t last = __shfl_sync(attention::kAllLanes, eight.number(), kEights - 1);
+    const bool neighbours = count == kEights && last - first == kEights - 1;
+    for (int r = 0; r < args_.num_representatives; ++r) {
+      Wait(&memory_.chunks.empty[place_.place], place_.parity ^ 1);
+      if (r == 0) Describe(eight);
+      if (thread_ == 0) {
+        ArriveExpecting(&memory_.chunks.full[place_.place], count * (ShapeOf::kSlotBytes / kEights));
+        if (neighbours) Copy(maps_.chunks, 8 * first, r, 0);
+      }
+      __syncwarp();  // who copies first has to be expected
+      if (!neighbours && thread_ < kEights && eight.exists())
+        Copy(maps_.eights, eight.first_block(), r, 8 * thread_);
+      place_.Next();
+    }
+    chunk_.Next();
+  }
+  // What consumers read of the chunk when its first stage is there.
+  __device__ __forceinline__ void Describe(Eight eight) {
+    if (thread_ < kEights) memory_.eights[chunk_.place][thread_] = eight;
+    __syncwarp();
+  }
+  // Rows from `row` of a plane on, as many as the map has in a box, to row `to_row` of the stage. One thread.
+  __device__ __forceinline__ void Copy(const CUtensorMap& map, int32_t row, int32_t plane, int to_row) {
+    const uint32_t to = SharedAddress(memory_.stages[place_.place]) + to_row * ShapeOf::kRowBytes;
 #pragma unroll
     for (int i = 0; i < ShapeOf::kBlocks; ++i) {
-      CopyBox(to + i * ShapeOf::kBlockBytes, &map, i * ShapeOf::kBlockDims, row, plane, full);
+      CopyBox(to + i * ShapeOf::kBlockBytes, &map, i * ShapeOf::kBlockDims, row, plane,
+              &memory_.chunks.full[place_.place]);
     }
-    place_.Next();
   }
 
   // All representatives of the candidates of any row block, up to 64 candidates at a time.
@@ -89,7 +153,7 @@ class Producer {
     uint64_t candidates = 0;
     for (int i = 0; i < kRowBlocks; ++i) {
       if (!tile_.Exists(i)) continue;
-      candidates |= __ldcg(reinterpret_cast<const unsigned long long*>(tile_.BitsOf(i) + word));
+      candidates |= __ldcg(reinterpret_cast<const unsigned long long*>(tile_.BitsOf(args_, i) + word));
     }
     return candidates;
   }
@@ -119,6 +183,7 @@ class Producer {
   Memory<kHeadDim>& memory_;
   const int thread_;  // of the warpgroup
   RingPlace<kStages> place_;
+  RingPlace<Memory<kHeadDim>::kChunks> chunk_;
 };
 
 }  // namespace longfill::cuda::hopper::share

@@ -45,7 +45,10 @@ absl::Status LaunchHopperShareSelection(const ShareSelectionArgs& args, int64_t 
     box.num_heads = args.num_representatives;
     box.head_stride = args.plane_stride;
     LF_RETURN_IF_ERROR(cuda::hopper::EncodeTensorMap("share selection: representatives", args.representatives,
-                                                     dtype, box, &maps.representatives));
+                                                     dtype, box, &maps.chunks));
+    box.box_rows = static_cast<int>(kCoarseBlocks);
+    LF_RETURN_IF_ERROR(cuda::hopper::EncodeTensorMap("share selection: representatives", args.representatives,
+                                                     dtype, box, &maps.eights));
   }
   if (args.num_samples > 0) {
     cuda::hopper::HeadsBox box = BoxOf(head_dim);
