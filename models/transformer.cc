@@ -178,7 +178,19 @@ absl::Status Transformer::Attend(int64_t layer, std::span<const HeadPattern> pat
   const int64_t window = config_.WindowOf(layer);
   const bool watched = IsWatched(layer, patterns, parallel);
   if (watched) LF_RETURN_IF_ERROR(parallel.recall->Measure(Heads(q_, 0), Heads(k_, 0), window));
-  LF_ASSIGN_OR_RETURN(LayerIndex index, BuildIndex(patterns, parallel, callbacks));
+  absl::StatusOr<LayerIndex> built = BuildIndex(patterns, parallel, callbacks);
+  std::vector<HeadPattern> with_room;
+  if (parallel.dense_without_room && ShareSelector::HadNoRoom(built.status())) {  // on all ranks
+    with_room.assign(patterns.begin(), patterns.end());
+    for (HeadPattern& pattern : with_room) {
+      if (!std::holds_alternative<BlockShare>(pattern)) continue;
+      pattern = SeesAllPattern(window, plan_.num_tokens());
+      ++figures_.heads_without_room;
+    }
+    patterns = with_room;
+    built = BuildIndex(patterns, parallel, callbacks);
+  }
+  LF_ASSIGN_OR_RETURN(LayerIndex index, std::move(built));
   if (parallel.replace_index) LF_RETURN_IF_ERROR(callbacks.agree(parallel.replace_index(layer, &index)));
   LF_ASSIGN_OR_RETURN(const std::vector<float> lse,
                       AttendHeads(index, {}, watched ? parallel.recall : nullptr, parallel, callbacks));

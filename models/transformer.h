@@ -45,6 +45,7 @@ struct LayerFigures {
   PairCounts pairs;                       // of all ranks, all heads, with those that were computed again
   int64_t rank_covered_pairs = 0;
   int64_t rank_computed_pairs = 0;
+  int64_t heads_without_room = 0;   // of all layers, see LayerParallelism::dense_without_room
   std::vector<LayerRecall> recall;  // of the layers that have run, where there is a monitor
 };
 
@@ -72,6 +73,8 @@ struct LayerParallelism {
   // Watches every layer whose patterns leave out keys; nullptr: nobody does. Not with replace_index.
   RecallMonitor* recall = nullptr;
   double min_recall = 0;  // RecallOptions::min_recall
+  bool dense_without_room =
+      false;  // block-share heads see all keys where lists have no room, on all ranks alike
 };
 
 struct LayerCallbacks {

@@ -196,7 +196,7 @@ void AddPatternOptions(CLI::App& app, ModelOptions& options) {
          "--patterns", options.patterns_path,
          "what 'auto' uses for longer prompts: a pattern file, or a directory of them, where the file is\n"
          "found by the model's name: NAME.json, that which MInference publishes, or patterns.json\n"
-         "(default: patterns.json of the model directory, else vertical-slash:1000,6096)")
+         "(default: patterns.json of the model directory, else block-share:8,0.01,8)")
       ->type_name("FILE|DIR");
 }
 

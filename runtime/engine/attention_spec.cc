@@ -65,10 +65,12 @@ absl::StatusOr<ResolvedAttention> Resolve(AttentionSpec spec, std::string_view w
 }
 
 // What "auto" means for prompts that are not dense.
-AttentionSpec LongPromptSpec(const AttentionDefaults& defaults) {
+AttentionSpec LongPromptSpec(const AttentionDefaults& defaults, const ModelConfig& config) {
   if (defaults.patterns.has_value()) return *defaults.patterns;
   if (defaults.model_patterns.has_value()) return *defaults.model_patterns;
-  return {.text = ToString(kUnlistedHeadPattern)};
+  const bool dual_chunks = config.rope.dual_chunk.chunk_size > 0;
+  if (dual_chunks) return {.text = ToString(kUnlistedHeadPattern)};
+  return {.text = ToString(kAutoPattern), .dense_without_room = true};
 }
 
 }  // namespace
@@ -100,8 +102,9 @@ absl::StatusOr<AttentionSpec> ReadAttentionSpec(std::string_view text) {
                                                  pattern.status().message(), ") nor a pattern file"));
 }
 
-std::string DescribeAuto(const AttentionDefaults& defaults) {
-  return absl::StrCat("dense below ", defaults.dense_below, " tokens, else ", LongPromptSpec(defaults).text);
+std::string DescribeAuto(const AttentionDefaults& defaults, const ModelConfig& config) {
+  return absl::StrCat("dense below ", defaults.dense_below, " tokens, else ",
+                      LongPromptSpec(defaults, config).text);
 }
 
 absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
@@ -113,7 +116,7 @@ absl::StatusOr<ResolvedAttention> ResolveAttention(const AttentionSpec& spec,
                    absl::StrCat(" (auto: ", num_tokens, " tokens < ", defaults.dense_below, ")"), num_tokens,
                    config);
   }
-  return Resolve(LongPromptSpec(defaults), " (auto)", num_tokens, config);
+  return Resolve(LongPromptSpec(defaults, config), " (auto)", num_tokens, config);
 }
 
 }  // namespace longfill

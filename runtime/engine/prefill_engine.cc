@@ -108,7 +108,9 @@ std::string PrefillEngine::DescribeCommunicator() const {
   return name;
 }
 
-std::string PrefillEngine::DescribeAuto() const { return longfill::DescribeAuto(impl_->options.attention); }
+std::string PrefillEngine::DescribeAuto() const {
+  return longfill::DescribeAuto(impl_->options.attention, impl_->config);
+}
 
 absl::Status PrefillEngine::Validate(const PrefillRequest& request) const {
   const int64_t num_tokens = static_cast<int64_t>(request.token_ids.size());
@@ -173,7 +175,13 @@ absl::StatusOr<PrefillResult> PrefillEngine::Prefill(const PrefillRequest& reque
     if (callbacks.on_accepted) callbacks.on_accepted(attention);
   };
   absl::StatusOr<PrefillResult> result = RunPrefill(*impl_, resolved, sink_factory, own);
-  if (result.ok()) result->figures.attention = attention.resolved;
+  if (result.ok()) {
+    result->figures.attention = attention.resolved;
+    const int64_t heads = result->figures.heads_without_room;
+    if (heads > 0) {
+      absl::StrAppend(&result->figures.attention, ", ", heads, " heads dense: no room for their lists");
+    }
+  }
   return result;
 }
 

@@ -112,7 +112,8 @@ struct PrefillFigures {
   int64_t tokens = 0;
   int ranks = 0;
   Mesh mesh;
-  std::string attention;  // what "auto" resolved to
+  std::string attention;  // what "auto" resolved to, and how many heads_without_room there are, if any
+  int64_t heads_without_room = 0;  // of all layers, see AttentionSpec::dense_without_room
   double seconds = 0;
   double index_seconds = 0;
   double attention_seconds = 0;

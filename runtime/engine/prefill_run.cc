@@ -259,7 +259,8 @@ absl::Status PrefillRun::RunLayers(Work& work) {
                                .peers = work.peers != nullptr ? &keys : nullptr,
                                .layer_weights = engine_.sharded_weights.get(),
                                .recall = work.recall.has_value() ? &*work.recall : nullptr,
-                               .min_recall = request_.recall.min_recall};
+                               .min_recall = request_.recall.min_recall,
+                               .dense_without_room = request_.attention.dense_without_room};
   if (engine_.sharded_weights != nullptr) engine_.sharded_weights->ResetSeconds();
   if (work.replacement != nullptr) {
     parallel.replace_index = [&](int64_t layer, LayerIndex* index) {
@@ -391,6 +392,7 @@ absl::Status PrefillRun::GatherFigures() {
   }
   PrefillFigures& figures = result_.figures;
   figures = JoinFigures(all, plan_, engine_.config, layers_.pairs);
+  figures.heads_without_room = layers_.heads_without_room;
   if (request_.recall.on()) JoinRecall();
   figures.planned_device_bytes = planned_device_bytes_;
   figures.device = engine_.backend->facts().name;

@@ -18,6 +18,7 @@ Json ToJson(const PrefillRequest& request) {
           {"transfer_id", request.transfer_id},
           {"attention", request.attention.text},
           {"pattern_json", request.attention.pattern_json},
+          {"dense_without_room", request.attention.dense_without_room},
           {"coverage", std::string(CoverageName(request.coverage))},
           {"logits_positions", request.logits_positions},
           {"kv_dtype", std::string(DTypeName(request.kv_dtype))},
@@ -32,6 +33,7 @@ absl::StatusOr<PrefillRequest> FromJson(const Json& json) {
   request.transfer_id = json.value("transfer_id", "");
   request.attention.text = json.value("attention", "");
   request.attention.pattern_json = json.value("pattern_json", "");
+  request.attention.dense_without_room = json.value("dense_without_room", false);
   LF_ASSIGN_OR_RETURN(request.coverage, ParseCoverage(json.value("coverage", "")));
   request.logits_positions = json.value("logits_positions", std::vector<int64_t>());
   LF_ASSIGN_OR_RETURN(request.kv_dtype, ParseDType(json.value("kv_dtype", "")));

@@ -59,9 +59,9 @@ std::vector<Mesh> AllMeshes() {
 // weight depends on the length.
 class LongerModel {
  public:
-  explicit LongerModel(const std::string& name) {
+  explicit LongerModel(const std::string& name, int64_t max_tokens = 4096) {
     nlohmann::json config = nlohmann::json::parse(ReadText(GoldenModel(name) + "/config.json"));
-    config["max_position_embeddings"] = 4096;
+    config["max_position_embeddings"] = max_tokens;
     WriteText(directory_.File("config.json"), config.dump());
     std::filesystem::create_symlink(GoldenModel(name) + "/model.safetensors",
                                     directory_.File("model.safetensors"));
@@ -235,6 +235,25 @@ TEST(Engine, PlaysPatternsOfHeadsAndAutoAlikeOnAllRanks) {
       EXPECT_EQ(dense.figures.density, 1);
     });
   }
+}
+
+// Lists of all blocks of so long a prompt are more than there is room for.
+TEST(Engine, HeadsWhoseListsHaveNoRoomAreDenseWhereNobodyNamedThePattern) {
+  if (kSanitized) GTEST_SKIP() << "takes minutes under a sanitizer";
+  const LongerModel longer("llama-all-biases-fp32", 65'700);  // one layer, two query heads
+  const std::vector<int32_t> ids(65'700, 3);                  // of equal tokens no block has a small share
+  Recorder recorder;
+  WithEngine({.model_dir = longer.path(), .mesh = {2, 1}}, recorder, [&](PrefillEngine& engine) {
+    PrefillRequest request = MakeRequest("named", ids, "block-share:0,0.000001");
+    EXPECT_THAT(Prefill(engine, recorder, request).status(),
+                StatusIs(absl::StatusCode::kResourceExhausted, testing::HasSubstr("there is room for")));
+    request.request_id = "not named";
+    request.attention.dense_without_room = true;
+    LF_ASSERT_OK_AND_ASSIGN(const PrefillResult result, Prefill(engine, recorder, request));
+    EXPECT_EQ(result.figures.attention, "block-share:0,0.000001, 2 heads dense: no room for their lists");
+    EXPECT_EQ(result.figures.heads_without_room, 2);
+    EXPECT_EQ(result.figures.density, 1);
+  });
 }
 
 TEST(Engine, ReportsProgressLayerByLayer) {

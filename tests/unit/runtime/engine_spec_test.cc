@@ -67,7 +67,7 @@ TEST(AttentionSpec, DualChunksAreNamedAndRefuseWhatTheyDoNotHave) {
   }
 }
 
-TEST(AttentionSpec, AutoTakesGivenPatternsThenTheModelsThenThePublishedBudget) {
+TEST(AttentionSpec, AutoTakesGivenPatternsThenTheModelsThenBlockShare) {
   AttentionDefaults defaults = AllDefaults();
   ResolvedAttention resolved = Auto(defaults, 1000);
   EXPECT_EQ(resolved.resolved, "a-shape:1,2 (auto)");
@@ -82,19 +82,30 @@ TEST(AttentionSpec, AutoTakesGivenPatternsThenTheModelsThenThePublishedBudget) {
 
   defaults.model_patterns.reset();
   resolved = Auto(defaults, 1000);
-  EXPECT_EQ(resolved.resolved, "vertical-slash:1000,6096 (auto)");
-  EXPECT_EQ(resolved.patterns, PatternSet::Uniform(VerticalSlash{1000, 6096}, 2, 2));
+  EXPECT_EQ(resolved.resolved, "block-share:8,0.01,8 (auto)");
+  EXPECT_EQ(resolved.patterns, PatternSet::Uniform(BlockShare{8, 0.01, 8}, 2, 2));
+  EXPECT_TRUE(resolved.spec.dense_without_room);
 
   defaults.dense_below = 0;
-  EXPECT_EQ(Auto(defaults, 1).spec.text, "vertical-slash:1000,6096");
+  EXPECT_EQ(Auto(defaults, 1).spec.text, "block-share:8,0.01,8");
+
+  ModelConfig dual_chunks = Shape(2, 2);
+  dual_chunks.rope.dual_chunk = {.chunk_size = 192, .local_size = 64};
+  LF_ASSERT_OK_AND_ASSIGN(const ResolvedAttention without_shares,
+                          ResolveAttention({}, defaults, 129, dual_chunks));
+  EXPECT_EQ(without_shares.resolved, "vertical-slash:1000,6096 (auto), in dual chunks of 128");
+  EXPECT_FALSE(without_shares.spec.dense_without_room);
 }
 
 TEST(AttentionSpec, AutoIsDescribedByWhatLongPromptsGet) {
   AttentionDefaults defaults = AllDefaults();
-  EXPECT_EQ(DescribeAuto(defaults), "dense below 1000 tokens, else a-shape:1,2");
+  EXPECT_EQ(DescribeAuto(defaults, Shape(2, 2)), "dense below 1000 tokens, else a-shape:1,2");
   defaults.patterns.reset();
-  EXPECT_EQ(DescribeAuto(defaults), "dense below 1000 tokens, else patterns.json");
-  EXPECT_EQ(DescribeAuto({}), "dense below 32768 tokens, else vertical-slash:1000,6096");
+  EXPECT_EQ(DescribeAuto(defaults, Shape(2, 2)), "dense below 1000 tokens, else patterns.json");
+  EXPECT_EQ(DescribeAuto({}, Shape(2, 2)), "dense below 32768 tokens, else block-share:8,0.01,8");
+  ModelConfig dual_chunks = Shape(2, 2);
+  dual_chunks.rope.dual_chunk = {.chunk_size = 192, .local_size = 64};
+  EXPECT_EQ(DescribeAuto({}, dual_chunks), "dense below 32768 tokens, else vertical-slash:1000,6096");
 }
 
 TEST(AttentionSpec, WhatIsAskedComesBeforeEveryDefault) {
