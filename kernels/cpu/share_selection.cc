@@ -1,6 +1,7 @@
 #include "kernels/cpu/share_selection.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -85,14 +86,14 @@ void WriteCoarseRepresentatives(const CoarseRepresentativesParams& params, int64
   const int64_t num_candidates = params.num_representatives * kCoarseBlocks;
   auto* chosen = static_cast<float*>(params.out) + block * head_dim;
   FormMean(rows, kCoarseBlocks, head_dim, head_dim, chosen);
-  float distance[kCoarseBlocks * (kMaxOutliers + 1)];  // to the nearest one chosen
-  std::fill_n(distance, num_candidates, std::numeric_limits<float>::infinity());
+  std::array<float, kCoarseBlocks*(kMaxOutliers + 1)> distance;  // to the nearest one chosen
+  distance.fill(std::numeric_limits<float>::infinity());
   for (int64_t plane = 0; plane < params.num_coarse; ++plane) {
     for (int64_t n = 0; n < num_candidates; ++n) {
       distance[n] = std::min(distance[n], SquaredDistance(candidate(n), chosen, head_dim));
     }
-    const int64_t farthest =
-        std::max_element(distance, distance + num_candidates) - distance;  // the first of equals
+    const int64_t farthest = std::max_element(distance.begin(), distance.begin() + num_candidates) -
+                             distance.begin();  // the first of equals
     chosen += params.num_key_blocks / kCoarseBlocks * head_dim;
     std::copy_n(candidate(farthest), head_dim, chosen);
   }
@@ -103,28 +104,12 @@ absl::Status CheckSelection(const ShareSelectionParams& params) {
   LF_RETURN_IF_ERROR(CheckKeepsTogether("share selection", params.positions, kRowBlock, params.num_rows));
   LF_RETURN_IF_ERROR(CheckReadsRepresentatives("share selection", params.num_representatives,
                                                params.num_samples, params.own_k));
-  LF_RETURN_IF_ERROR(CheckCoarse("share selection: num_", params.num_coarse, params.num_samples));
-  if (params.num_coarse > 0 && params.num_key_blocks >= kCoarseBlocks && params.coarse == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat("share selection: num_coarse ", params.num_coarse,
-                                                   " without the representatives of coarse blocks, coarse"));
-  }
+  LF_RETURN_IF_ERROR(CheckReadsCoarse("share selection", params.num_coarse, params.num_samples,
+                                      params.num_key_blocks, params.coarse));
   const int64_t last = params.positions.Position(params.num_rows - 1) / kRowBlock;
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "num_key_blocks", params.num_key_blocks, last));
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "words_per_row", params.words_per_row, last / 64 + 1));
-  if (!(params.scale > 0)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("share selection: scale ", params.scale, " is not above 0"));
-  }
-  if (std::ssize(params.min_share) != params.num_heads) {
-    return absl::InvalidArgumentError(absl::StrCat("share selection: ", params.min_share.size(),
-                                                   " values of min_share for ", params.num_heads, " heads"));
-  }
-  for (const float min_share : params.min_share) {
-    if (min_share > 0 && min_share <= 1) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("share selection: min_share ", min_share, " is not in (0, 1]"));
-  }
-  return absl::OkStatus();
+  return CheckShares("share selection", params.scale, params.min_share, params.num_heads);
 }
 
 // What represents the blocks of a level: key blocks or coarse blocks.

@@ -42,4 +42,28 @@ absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_repres
       absl::StrCat(operation, ": num_samples ", num_samples, " without the keys of the rows, own_k"));
 }
 
+absl::Status CheckReadsCoarse(const char* operation, int64_t num_coarse, int64_t num_samples,
+                              int64_t num_key_blocks, const void* coarse) {
+  LF_RETURN_IF_ERROR(CheckCoarse(absl::StrCat(operation, ": num_"), num_coarse, num_samples));
+  if (num_coarse == 0 || num_key_blocks < kCoarseBlocks || coarse != nullptr) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(operation, ": num_coarse ", num_coarse,
+                                                 " without the representatives of coarse blocks, coarse"));
+}
+
+absl::Status CheckShares(const char* operation, float scale, std::span<const float> min_share,
+                         int64_t num_heads) {
+  if (!(scale > 0)) {
+    return absl::InvalidArgumentError(absl::StrCat(operation, ": scale ", scale, " is not above 0"));
+  }
+  if (std::ssize(min_share) != num_heads) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(operation, ": ", min_share.size(), " values of min_share for ", num_heads, " heads"));
+  }
+  for (const float share : min_share) {
+    if (share > 0 && share <= 1) continue;
+    return absl::InvalidArgumentError(absl::StrCat(operation, ": min_share ", share, " is not in (0, 1]"));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace longfill

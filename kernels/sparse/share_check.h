@@ -4,6 +4,7 @@
 // What patterns and backends check alike of the representatives of key blocks (head_pattern.h, BlockShare).
 
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "kernels/base/status.h"
@@ -20,6 +21,15 @@ absl::Status CheckCoarse(const std::string& where, int64_t num_coarse, int64_t n
 // The same where `operation` reads them; and samples need the keys of the rows.
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
                                        int64_t num_samples, const void* own_k);
+
+// InvalidArgument unless the rows of coarse blocks that a selection reads are there, where it has two levels
+// and some whole coarse block.
+absl::Status CheckReadsCoarse(const char* operation, int64_t num_coarse, int64_t num_samples,
+                              int64_t num_key_blocks, const void* coarse);
+
+// InvalidArgument naming the value unless the scale is above 0 and each head has a min_share in (0, 1].
+absl::Status CheckShares(const char* operation, float scale, std::span<const float> min_share,
+                         int64_t num_heads);
 
 }  // namespace longfill
 

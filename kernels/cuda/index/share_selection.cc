@@ -35,19 +35,6 @@ absl::Status CheckPositions(const ShareSelectionParams& params) {
   return cuda::CheckAtLeast(kOperation, "words_per_row", params.words_per_row, last / kRowBlock / 64 + 1);
 }
 
-absl::Status CheckShares(const ShareSelectionParams& params) {
-  if (std::ssize(params.min_share) != params.num_heads) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": ", params.min_share.size(),
-                                                   " values of min_share for ", params.num_heads, " heads"));
-  }
-  for (const float min_share : params.min_share) {
-    if (min_share > 0 && min_share <= 1) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat(kOperation, ": min_share ", min_share, " is not in (0, 1]"));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status Check(const ShareSelectionParams& params) {
   constexpr int64_t kHeadDims[] = {64, 96, 128, 256};
   if (std::find(std::begin(kHeadDims), std::end(kHeadDims), params.head_dim) == std::end(kHeadDims)) {
@@ -67,17 +54,13 @@ absl::Status Check(const ShareSelectionParams& params) {
         absl::StrCat(kOperation, ": keys of the rows must be aligned to 16 bytes, the row stride is ",
                      params.own_k_row_stride));
   }
-  if (!(params.scale > 0)) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": scale ", params.scale, " is not above 0"));
-  }
-  LF_RETURN_IF_ERROR(CheckCoarse("share selection: num_", params.num_coarse, params.num_samples));
-  if (params.num_coarse > 0 && params.num_key_blocks >= kCoarseBlocks &&
-      (params.coarse == nullptr || !cuda::AlignedTo16(params.coarse))) {
-    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": num_coarse ", params.num_coarse,
-                                                   " without coarse at an address aligned to 16 bytes"));
+  LF_RETURN_IF_ERROR(CheckReadsCoarse(kOperation, params.num_coarse, params.num_samples,
+                                      params.num_key_blocks, params.coarse));
+  if (params.num_coarse > 0 && !cuda::AlignedTo16(params.coarse)) {
+    return absl::InvalidArgumentError(absl::StrCat(kOperation, ": coarse is not aligned to 16 bytes"));
   }
   LF_RETURN_IF_ERROR(CheckPositions(params));
-  return CheckShares(params);
+  return CheckShares(kOperation, params.scale, params.min_share, params.num_heads);
 }
 
 int64_t TileRows(int64_t head_dim, bool hopper) {
