@@ -522,7 +522,8 @@ TEST_P(ShareSelectionTest, CandidatesFailWhenSumsAreKnown) {
   std::vector<float> k(q.size(), 0.0F);
   for (int64_t i = 0; i < tokens; ++i) {
     q[i * dim] = 1;
-    k[i * dim] = static_cast<float>(blocks - i / kRowBlock) / 16;  // e^(1/16) from block to block
+    const int64_t block = i / kRowBlock;
+    k[i * dim] = static_cast<float>(blocks - block) / 16;  // e^(1/16) from block to block
   }
   Decisions decisions;
   CompareWithOracle(Rounded(q), Rounded(k), tokens, dim, {.outliers = 1}, 1, {0.02F}, &decisions);
