@@ -66,21 +66,26 @@ class Lines:
         return torch.cat(parts)
 
 
-def choose_lines(q, k, scale, v, s):
-    """Of the last 64 of these queries over the keys up to the last one."""
+def last_weights(q, k, scale, most):
+    """What the last queries, at most so many, give each key and each distance, summed over them; and how many they are."""
     n = len(k)
-    last = min(64, len(q))
+    last = min(most, len(q))
     scores = (q[-last:] @ k.T).float() * scale
     later = torch.arange(n, device=k.device)[None] > torch.arange(n - last, n, device=k.device)[:, None]
     weight = scores.masked_fill(later, -math.inf).softmax(-1)
-    vertical = weight.sum(0)
-    vertical[:30] = math.inf
     slash = torch.zeros(n, device=k.device)
     for i in range(last):
         position = n - last + i
         slash[:position + 1] += weight[i, :position + 1].flip(0)
+    return weight.sum(0), slash, last
+
+
+def choose_lines(q, k, scale, v, s):
+    """Of the last 64 of these queries over the keys up to the last one."""
+    vertical, slash, _ = last_weights(q, k, scale, 64)
+    vertical[:30] = math.inf
     slash[:100] = math.inf
-    return vertical.topk(min(n, v)).indices, slash.topk(min(n, s)).indices
+    return vertical.topk(min(len(k), v)).indices, slash.topk(min(len(k), s)).indices
 
 
 def vertical_slash(q, k, scale, v, s, chunk=None):
@@ -151,15 +156,8 @@ def xattention(q, k, scale, stride, threshold):
 def flex_prefill(q, k, scale, gamma, tau=0.1):
     block, n = 128, len(k)
     blocks = -(-n // block)
-    last = min(block, n)
-    scores = (q[-last:] @ k.T).float() * scale
-    later = torch.arange(n, device=k.device)[None] > torch.arange(n - last, n, device=k.device)[:, None]
-    weight = scores.masked_fill(later, -math.inf).softmax(-1)
-    vertical = weight.mean(0)
-    slash = torch.zeros(n, device=k.device)
-    for i in range(last):
-        position = n - last + i
-        slash[:position + 1] += weight[i, :position + 1].flip(0) / last
+    vertical, slash, last = last_weights(q, k, scale, block)
+    vertical, slash = vertical / last, slash / last
     pooled = lambda x: F.pad(x, (0, -n % block)).view(-1, block).sum(1)
     means = block_means(k, block)
     a = pooled(vertical)

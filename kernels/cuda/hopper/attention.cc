@@ -10,6 +10,7 @@
 #include "kernels/cuda/attention/attention_check.h"
 #include "kernels/cuda/attention/attention_tables.h"
 #include "kernels/cuda/check.h"
+#include "kernels/cuda/hopper/head_dims.h"
 #include "kernels/cuda/hopper/launch_attention.h"
 #include "kernels/cuda/hopper/order_heads.h"
 #include "kernels/cuda/hopper/tensor_map.h"
@@ -25,7 +26,6 @@ using attention::SequenceTable;
 
 constexpr int64_t kTileRows = 128;
 constexpr int64_t kSlotKeys = 64;
-constexpr int64_t kComputeCapability = 90;
 constexpr int64_t kAlignment = 64;  // of tensor maps
 // A call of fewer tiles for each SM begins with the heads that take longest. In longer ones the end matters
 // little, and neighbouring heads of one KV head find its keys in L2.
@@ -117,8 +117,7 @@ bool IsParity(const IndexView& index) {
 namespace longfill {
 
 HopperHeads SplitHopperHeads(const AttentionParams& params, const DeviceLimits& limits) {
-  const bool any = limits.compute_capability == cuda::hopper::kComputeCapability && !limits.generic_kernels &&
-                   (params.head_dim == 64 || params.head_dim == 96 || params.head_dim == 128);
+  const bool any = cuda::hopper::ServesHeadDim(params.head_dim, limits);
   const auto serves = [&](int64_t head) {
     return any && std::none_of(params.sequences.begin(), params.sequences.end(), [&](const auto& sequence) {
              const auto place = static_cast<size_t>(head);

@@ -10,6 +10,7 @@
 #include "kernels/cuda/attention/attention_args.h"
 #include "kernels/cuda/attention/mma.cuh"
 #include "kernels/cuda/attention/tile_rows.cuh"
+#include "kernels/cuda/hopper/key_products.cuh"
 #include "kernels/cuda/hopper/product_turns.cuh"
 #include "kernels/cuda/hopper/slot_reader.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
@@ -158,24 +159,10 @@ class HalfRows {
     Pin(out);
     Pin(probabilities_);
     StartProducts();
-    MultiplySlot(scores_[0], reader.k_address(pair.first));
-    MultiplySlot(scores_[1], reader.k_address(pair.second));
+    MultiplySlotKeys<Element, ShapeOf>(q, reader.k_address(pair.first), scores_[0]);
+    MultiplySlotKeys<Element, ShapeOf>(q, reader.k_address(pair.second), scores_[1]);
     EndProducts();
   }
-  __device__ __forceinline__ void MultiplySlot(float (&scores)[32], uint32_t k) {
-    constexpr int kStepsOfBlock = ShapeOf::kBlockDims / 16;
-    const uint32_t low = Descriptor::Low(k);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      const uint32_t at = low + (i / kStepsOfBlock * ShapeOf::kBlockBytes + i % kStepsOfBlock * 32) / 16;
-      if (i == 0) {
-        MultiplyKeys<Element, false>(scores, q[i], Descriptor::Of(at));
-      } else {
-        MultiplyKeys<Element, true>(scores, q[i], Descriptor::Of(at));
-      }
-    }
-  }
-
   // Starts out += probabilities V.
   __device__ __forceinline__ void MultiplyValuesOf(const Reader& reader, const SlotPair& pair) {
     MultiplySlotValues<0>(reader.v_address(pair.first));

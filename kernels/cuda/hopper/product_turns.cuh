@@ -29,7 +29,7 @@ class ProductTurns {
       Wait(&shared_.turn_given, (ticket + 1) & 1);
     }
     __syncwarp();
-    SyncHalf(half_);
+    SyncWarpgroup(half_);
   }
   __device__ __forceinline__ void Give() {
     if (IsFirst()) Arrive(&shared_.turn_given);

@@ -116,9 +116,9 @@ __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
   PublishBarriers();
 }
 
-// Waits for all threads of the half's warpgroup.
-__device__ __forceinline__ void SyncHalf(int half) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(half + 1), "n"(kWarpgroupThreads) : "memory");
+// Waits for all threads of a warpgroup, by the named barrier behind its number.
+__device__ __forceinline__ void SyncWarpgroup(int number) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(number + 1), "n"(kWarpgroupThreads) : "memory");
 }
 
 // Parity of the phase that the use of a ring's place for number n ends, and of the one that must have ended

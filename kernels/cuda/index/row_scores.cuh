@@ -9,13 +9,14 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention/mma.cuh"
+#include "kernels/cuda/attention/tile_rows.cuh"
 #include "kernels/cuda/index/share_selection_args.h"
 
 namespace longfill::cuda::share_selection {
 
 using attention::FastExp2;
+using attention::kAllLanes;
 
-inline constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 inline constexpr int kChunkBlocks = 64;  // key blocks that are scored together: a word of bits
 
 // Below all scores, and finite, so that nothing has to be told apart.

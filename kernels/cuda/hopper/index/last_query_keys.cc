@@ -1,11 +1,11 @@
+#include "kernels/cuda/hopper/head_dims.h"
 #include "kernels/cuda/hopper/index/last_query.h"
 #include "kernels/cuda/hopper/tensor_map.h"
 
 namespace longfill {
 
 bool HasHopperLastQuery(const LastQueryParams& params, const DeviceLimits& limits) {
-  const bool head_dim = params.head_dim == 64 || params.head_dim == 96 || params.head_dim == 128;
-  return limits.compute_capability == 90 && !limits.generic_kernels && head_dim;
+  return cuda::hopper::ServesHeadDim(params.head_dim, limits);
 }
 
 absl::Status MapLastQueryKeys(const LastQueryParams& params, DType dtype, CUtensorMap* keys) {

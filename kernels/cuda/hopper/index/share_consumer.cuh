@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/hopper/index/score_list.cuh"
 #include "kernels/cuda/hopper/index/share_memory.cuh"
+#include "kernels/cuda/hopper/key_products.cuh"
 #include "kernels/cuda/hopper/row_pieces.cuh"
 #include "kernels/cuda/hopper/wgmma.cuh"
 
@@ -37,7 +38,6 @@ class Consumer {
 
  private:
   using ShapeOf = Shape<kHeadDim>;
-  using Descriptor = BDescriptor<ShapeOf::kRowBytes>;
   using Ring = typename Memory<kHeadDim>::Ring;
   static constexpr int kStages = Memory<kHeadDim>::kStages;
 
@@ -73,17 +73,7 @@ class Consumer {
 
   // Starts products = q stage^T, a group.
   __device__ __forceinline__ void Multiply(uint32_t stage, float (&products)[32]) {
-    constexpr int kStepsOfBlock = ShapeOf::kBlockDims / 16;
-    const uint32_t low = Descriptor::Low(SharedAddress(memory_.stages[stage]));
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      const uint32_t at = low + (i / kStepsOfBlock * ShapeOf::kBlockBytes + i % kStepsOfBlock * 32) / 16;
-      if (i == 0) {
-        MultiplyKeys<Element, false>(products, q_[i], Descriptor::Of(at));
-      } else {
-        MultiplyKeys<Element, true>(products, q_[i], Descriptor::Of(at));
-      }
-    }
+    MultiplySlotKeys<Element, ShapeOf>(q_, SharedAddress(memory_.stages[stage]), products);
     EndProducts();
   }
   __device__ __forceinline__ void RaiseScores(const float (&products)[32]) {

@@ -123,13 +123,9 @@ __device__ __forceinline__ void ArriveAsWarp(Barrier* barrier) {
   if (kEachLaneArrives || attention::Lane() == 0) Arrive(barrier);
 }
 
-// Waits for all that consume.
+// Waits for all that consume, warpgroups 0 .. kRowBlocks - 1; the one that produces is kRowBlocks.
 __device__ __forceinline__ void SyncConsumers() {
   asm volatile("bar.sync %0, %1;\n" ::"n"(kRowBlocks + 2), "n"(kConsumerThreads) : "memory");
-}
-// Waits for all threads of a warpgroup: 0 .. 2 consume, 3 produces.
-__device__ __forceinline__ void SyncWarpgroup(int warpgroup) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(warpgroup + 1), "n"(kWarpgroupThreads) : "memory");
 }
 
 }  // namespace longfill::cuda::hopper::share

@@ -3,6 +3,7 @@
 #include <cuda.h>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/hopper/head_dims.h"
 #include "kernels/cuda/hopper/index/launch_share_selection.h"
 #include "kernels/cuda/hopper/tensor_map.h"
 
@@ -31,8 +32,7 @@ absl::Status LaunchHeadDim(const ShareSelectionArgs& args, int64_t num_tiles,
 }  // namespace
 
 bool HasHopperShareSelection(int64_t head_dim, const DeviceLimits& limits) {
-  const bool served = head_dim == 64 || head_dim == 96 || head_dim == 128;
-  return limits.compute_capability == 90 && !limits.generic_kernels && served;
+  return cuda::hopper::ServesHeadDim(head_dim, limits);
 }
 
 absl::Status LaunchHopperShareSelection(const ShareSelectionArgs& args, int64_t num_tiles,
