@@ -85,4 +85,9 @@ def run_under_mpi(pack, checks, program, test_filter, ranks=2, may_skip=True):
         checks.info(f"{name}: tests that skipped themselves", int(skipped[1]))
     elif skipped:
         checks.equal(f"{name}: tests that skipped themselves", int(skipped[1]), 0)
+    # gtest prints what it found between the test's name and this line.
+    failed = re.findall(r"^\[  FAILED  \] (\S+?),? .*\(\d+ ms\)", result.stdout, re.MULTILINE)
+    for test_name in failed:
+        output = result.stdout.partition(f"[ RUN      ] {test_name}\n")[2].partition("[  FAILED  ]")[0]
+        checks.fails(f"{name}: {test_name}", " ".join(output.split())[:400])
     checks.equal(f"{name}: exit code", result.returncode, 0, last_lines(result.stderr, 8) if result.returncode else "")

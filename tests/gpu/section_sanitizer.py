@@ -13,7 +13,7 @@ BACKEND = "cuda_bfloat16"
 # Tests whose shapes take the tools minutes, by words of their names: they are slowed 10 to 100 times.
 LARGE = "*Large*:*MoreThan*:*Long*:*Million*:*Beyond*"
 # racecheck looks at shared memory alone, which the tests of these use.
-RACECHECK_SUITES = ("Attention", "LastQuery", "Selection", "Index", "Elementwise")
+RACECHECK_SUITES = ("Attention", "LastQuery", "Selection", "Representatives", "Index", "Elementwise")
 SUITE_SECONDS = 150
 CONCURRENT = 8  # processes that share the GPU
 

@@ -38,6 +38,7 @@ inline constexpr int kProducerRegisters = 32;
 static_assert(kRowBlocks * kConsumerRegisters + kProducerRegisters <= 4 * 128);
 static_assert(kChunkBlocks == kSlotKeys);
 
+// Of a warp that gives back, or of the warp that has brought something.
 inline constexpr int kArrivalsOfWarp = kEachLaneArrives ? 32 : 1;
 inline constexpr int kEights = kChunkBlocks / static_cast<int>(kCoarseBlocks);
 // An eight of a chunk: its number, and bit i when it is open to row block i of the tile.
@@ -107,11 +108,11 @@ template <int kHeadDim>
 __device__ __forceinline__ void Init(const ShareSelectionArgs& args, Memory<kHeadDim>* memory) {
   new (&memory->tile) Tile(args);
   memory->spilled = 0;
-  memory->chunks.Init(1);
+  memory->chunks.Init(kArrivalsOfWarp);
   memory->gathered.Init(kWarpgroupThreads);
   InitBarrier(&memory->marked, kWarps * kArrivalsOfWarp);
   for (int i = 0; i < kLists; ++i) {
-    InitBarrier(&memory->list_full[i], 1);
+    InitBarrier(&memory->list_full[i], kArrivalsOfWarp);
     InitBarrier(&memory->list_empty[i], kWarps * kArrivalsOfWarp);
   }
   PublishBarriers();

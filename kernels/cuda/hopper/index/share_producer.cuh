@@ -43,6 +43,7 @@ class Producer {
           ArriveExpecting(&memory_.chunks.full[place_.place], ShapeOf::kSlotBytes);
           Copy(maps_.own_keys, static_cast<int32_t>(tile_.first_row()) + i * int{kRowBlock}, 0, 0);
         }
+        OthersArrive();
         place_.Next();
       }
     }
@@ -67,7 +68,7 @@ class Producer {
     if (count > 0) BringChunk(eight, count);
     Wait(&memory_.chunks.empty[place_.place], place_.parity ^ 1);
     Describe(kNoMore);
-    if (thread_ == 0) Arrive(&memory_.chunks.full[place_.place]);
+    if (thread_ < kArrivalsOfWarp) Arrive(&memory_.chunks.full[place_.place]);
   }
   // Of 64 eights, for each row block.
   struct OpenWords {
@@ -102,12 +103,17 @@ class Producer {
         ArriveExpecting(&memory_.chunks.full[place_.place], count * (ShapeOf::kSlotBytes / kEights));
         if (neighbours) Copy(maps_.chunks, 8 * first, r, 0);
       }
+      OthersArrive();
       __syncwarp();  // who copies first has to be expected
       if (!neighbours && thread_ < kEights && eight.exists())
         Copy(maps_.eights, eight.first_block(), r, 8 * thread_);
       place_.Next();
     }
     chunk_.Next();
+  }
+  // Beside the first lane, which has arrived expecting a stage.
+  __device__ __forceinline__ void OthersArrive() {
+    if (kEachLaneArrives && thread_ != 0) Arrive(&memory_.chunks.full[place_.place]);
   }
   // What consumers read of the chunk when its first stage is there.
   __device__ __forceinline__ void Describe(Eight eight) {
@@ -137,7 +143,7 @@ class Producer {
         if (thread_ == 0) memory_.list_size[list] = size;
       }
       SyncWarpgroup(kRowBlocks);
-      if (thread_ == 0) Arrive(&memory_.list_full[list]);
+      if (thread_ < kArrivalsOfWarp) Arrive(&memory_.list_full[list]);
       const int size = memory_.list_size[list];
       if (size == 0) return;
       for (int r = 0; r < args_.num_representatives; ++r) {
