@@ -73,6 +73,14 @@ int64_t ShareSelector::MostCoarse() const {
   return most;
 }
 
+int64_t ShareSelector::MostCoarseRows() const {
+  int64_t most = 0;
+  for (const Group& group : groups_) {
+    if (group.coarse > 0) most = std::max(most, NumRepresentatives(group.samples, group.coarse));
+  }
+  return most;
+}
+
 int64_t ShareSelector::OwnRowBlocks(int64_t local_tokens) const {
   if (RowBlocksAtOnce() == num_row_blocks_) return RowBlocksOf(local_tokens);
   return std::min(RowBlocksOf(local_tokens), RowBlocksAtOnce() / plan_.mesh().size());
@@ -87,9 +95,7 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
   const int64_t bits_bytes = HeadsAtOnce() * RowBytes();  // of a row block
   PieceLayout pieces;
   at.representatives = pieces.Add(representatives * num_key_blocks_ * key_bytes);
-  if (MostCoarse() > 0) {
-    at.coarse = pieces.Add((MostCoarse() + 1) * (num_key_blocks_ / kCoarseBlocks) * key_bytes);
-  }
+  at.coarse = pieces.Add(MostCoarseRows() * (num_key_blocks_ / kCoarseBlocks) * key_bytes);
   at.bits = pieces.Add(RowBlocksAtOnce() * bits_bytes);
   if (plan_.mesh().size() > 1) {
     at.own = pieces.Add(
@@ -189,6 +195,7 @@ class ShareSelector::Selection {
     if (group.coarse == 0) return absl::OkStatus();
     return kernels_.CoarseRepresentatives({.representatives = Piece<void>(at_.representatives),
                                            .num_representatives = group.num_representatives(),
+                                           .num_samples = group.samples,
                                            .num_key_blocks = selector_.num_key_blocks_,
                                            .head_dim = selector_.geometry_.head_dim,
                                            .num_coarse = group.coarse,

@@ -62,6 +62,7 @@ class ShareSelector {
   int64_t RowBlocksAtOnce() const;  // of the prompt, for each of these heads
   int64_t MostRepresentatives() const;
   int64_t MostCoarse() const;
+  int64_t MostCoarseRows() const;                    // that represent a coarse block
   int64_t OwnRowBlocks(int64_t local_tokens) const;  // at most, of those
 
   const KernelSet& kernels_;

@@ -72,6 +72,8 @@ class SharesBench {
  private:
   int64_t dim() const { return options_.head_dim; }
   int64_t num_representatives() const { return NumRepresentatives(pattern_.samples, pattern_.outliers); }
+  // That represent a coarse block.
+  int64_t num_coarse_rows() const { return NumRepresentatives(pattern_.samples, pattern_.coarse); }
   int64_t num_coarse_blocks() const { return pattern_.coarse == 0 ? 0 : num_key_blocks_ / kCoarseBlocks; }
   double ScoreFlop() const {
     const int64_t pairs = num_row_blocks_ * (num_row_blocks_ - 1) / 2;  // of a row block and one before it
@@ -90,7 +92,7 @@ class SharesBench {
         representatives_,
         allocate(num_representatives() * num_key_blocks_ * dim() * DTypeBytes(dtype_), "representatives"));
     LF_ASSIGN_OR_RETURN(coarse_,
-                        allocate((pattern_.coarse + 1) * num_coarse_blocks() * dim() * DTypeBytes(dtype_),
+                        allocate(num_coarse_rows() * num_coarse_blocks() * dim() * DTypeBytes(dtype_),
                                  "coarse representatives"));
     LF_ASSIGN_OR_RETURN(bits_, allocate(group_ * num_row_blocks_ * words_ * 8, "bits of row blocks"));
     LF_ASSIGN_OR_RETURN(row_offsets_, allocate(group_ * (num_row_blocks_ + 1) * 8, "row offsets"));
@@ -150,6 +152,7 @@ class SharesBench {
   absl::Status RepresentCoarse() {
     return kernels_.CoarseRepresentatives({.representatives = representatives_.data(),
                                            .num_representatives = num_representatives(),
+                                           .num_samples = pattern_.samples,
                                            .num_key_blocks = num_key_blocks_,
                                            .head_dim = dim(),
                                            .num_coarse = pattern_.coarse,
@@ -230,7 +233,7 @@ class SharesBench {
         const std::vector<float> representatives,
         DownloadRows(representatives_.data(), num_representatives() * num_key_blocks_ * dim()));
     LF_ASSIGN_OR_RETURN(const std::vector<float> coarse,
-                        DownloadRows(coarse_.data(), (pattern_.coarse + 1) * num_coarse_blocks() * dim()));
+                        DownloadRows(coarse_.data(), num_coarse_rows() * num_coarse_blocks() * dim()));
     int64_t decided = 0;
     for (int64_t i = 1; i <= kCheckedRowBlocks; ++i) {
       const int64_t m = std::max<int64_t>(0, num_row_blocks_ * i / kCheckedRowBlocks - 1);
@@ -274,10 +277,13 @@ class SharesBench {
     const std::vector<float>& representatives;
     int64_t count = 0;
     int64_t num_blocks = 0;
+    int64_t block_keys = kRowBlock;
   };
-  double Score(const float* q, const Level& level, int64_t block, int64_t num_samples) const {
+  double Score(const float* q, const Level& level, int64_t block) const {
+    const int64_t num_samples = pattern_.samples;
     const double sample_bonus =
-        num_samples == 0 ? 0 : std::log(static_cast<double>(kRowBlock) / static_cast<double>(num_samples));
+        num_samples == 0 ? 0
+                         : std::log(static_cast<double>(level.block_keys) / static_cast<double>(num_samples));
     double score = -INFINITY;
     for (int64_t r = 0; r < level.count; ++r) {
       const float* representative = level.representatives.data() + (r * level.num_blocks + block) * dim();
@@ -285,6 +291,14 @@ class SharesBench {
       score = std::max(score, scale_ * Dot<double>(q, representative, dim()) + bonus);
     }
     return score;
+  }
+
+  // With samples, the scores of the keys of the row block up to the row's own.
+  void AddOwnScores(const RowsOfBlock& rows, int64_t row, std::vector<double>* scores) const {
+    for (int64_t key = 0; pattern_.samples > 0 && key <= row; ++key) {
+      scores->push_back(scale_ *
+                        Dot<double>(rows.q.data() + row * dim(), rows.k.data() + key * dim(), dim()));
+    }
   }
 
   // log of the sum of exp(score).
@@ -318,14 +332,11 @@ class SharesBench {
       std::vector<double> open, may_be_open;  // scores, of others -infinity
       for (int64_t b = 0; b < num_blocks; ++b) {
         const bool may_be = opens_at(b, open_share * (1 - kShareTolerance));
-        may_be_open.push_back(may_be ? Score(q, level, b, pattern_.samples) : -INFINITY);
+        may_be_open.push_back(may_be ? Score(q, level, b) : -INFINITY);
         open.push_back(opens_at(b, open_share * (1 + kShareTolerance)) ? may_be_open[b] : -INFINITY);
       }
-      for (int64_t key = 0; pattern_.samples > 0 && key <= row; ++key) {  // where all blocks are open
-        const double score = scale_ * Dot<double>(q, rows.k.data() + key * dim(), dim());
-        open.push_back(score);
-        may_be_open.push_back(score);
-      }
+      AddOwnScores(rows, row, &open);
+      AddOwnScores(rows, row, &may_be_open);
       const double least_sum = std::max(of_coarse.log_sums[row], LogSum(open));
       const double most_sum = std::max(of_coarse.log_sums[row], LogSum(may_be_open));
       for (int64_t b = 0; b < num_blocks; ++b) {
@@ -342,15 +353,16 @@ class SharesBench {
   };
   CoarseShares SharesOfCoarse(const RowsOfBlock& rows, int64_t num_key_blocks,
                               const std::vector<float>& coarse) const {
-    const Level level = {coarse, pattern_.coarse + 1, num_coarse_blocks()};
+    const Level level = {coarse, num_coarse_rows(), num_coarse_blocks(), kCoarseBlocks * kRowBlock};
     const int64_t num_blocks = pattern_.coarse == 0 ? 0 : num_key_blocks / kCoarseBlocks;
     CoarseShares shares;
     shares.largest.resize(static_cast<size_t>(num_blocks), 0);
     for (int64_t row = 0; row < rows.num_rows; ++row) {
       std::vector<double> scores;
       for (int64_t c = 0; c < num_blocks; ++c) {
-        scores.push_back(Score(rows.q.data() + row * dim(), level, c, 0));
+        scores.push_back(Score(rows.q.data() + row * dim(), level, c));
       }
+      AddOwnScores(rows, row, &scores);
       shares.log_sums.push_back(LogSum(scores));
       for (int64_t c = 0; c < num_blocks; ++c) {
         shares.largest[c] = std::max(shares.largest[c], std::exp(scores[c] - shares.log_sums[row]));

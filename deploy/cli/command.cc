@@ -344,7 +344,7 @@ CLI::Option* AddPromptOptions(CLI::App& app, std::string_view recall_otherwise, 
          "--attention", options.attention,
          "dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S; block-sparse:K (forced blocks count within K);\n"
          "block-share:R,TAU[,S[,C]] (blocks to which a row gives a share of TAU, judged by R outlying keys\n"
-         "and the mean, or S sampled keys; with S = 0 and C, first by 512 keys, judged by C of them);\n"
+         "and the mean, or S > 0 sampled keys; with C, first by 512 keys, judged by C of them);\n"
          "a pattern file in the published JSON form; or auto (default)")
       ->type_name("SPEC");
   app.add_option(

@@ -364,17 +364,19 @@ struct RepresentativesParams {
 
 // What stands for each coarse block, that is for kCoarseBlocks whole key blocks of one KV head
 // (head_pattern.h, BlockShare): in the first plane the mean of their means, formed in fp32 and rounded to the
-// compute dtype; then in plane after plane that representative of its blocks whose distance to the nearest
-// plane before it is the largest. Distances are Euclidean, in fp32, those to the mean to the one before
-// rounding; of equal ones the lower plane of representatives comes first, then the lower block. A key block
-// behind the last whole coarse block is in none.
+// compute dtype, or in the first num_samples ones its samples; then in plane after plane that representative
+// of its blocks whose distance to the nearest plane before it is the largest. Distances are Euclidean, in
+// fp32, those to the mean to the one before rounding; of equal ones the lower plane of representatives comes
+// first, then the lower block. A key block behind the last whole coarse block is in none.
 struct CoarseRepresentativesParams {
-  const void* representatives = nullptr;  // [num_representatives, num_key_blocks, head_dim], means first
+  const void* representatives = nullptr;  // [num_representatives, num_key_blocks, head_dim]
   int64_t num_representatives = 0;
+  int64_t num_samples = 0;  // of these, the first ones; 0: the first one is the mean
   int64_t num_key_blocks = 0;
   int64_t head_dim = 0;
-  int64_t num_coarse = 0;  // in [1, kMaxOutliers]
-  void* out = nullptr;     // [num_coarse + 1, num_key_blocks / kCoarseBlocks, head_dim]
+  int64_t num_coarse = 0;  // at least 1, with num_samples at most kMaxOutliers
+  // [NumRepresentatives(num_samples, num_coarse), num_key_blocks / kCoarseBlocks, head_dim]
+  void* out = nullptr;
 };
 
 // Selection of key blocks by share (head_pattern.h, BlockShare), for heads that read one KV head. The result
@@ -393,7 +395,8 @@ struct ShareSelectionParams {
   const void* own_k = nullptr;
   int64_t own_k_row_stride = 0;  // elements
   int64_t num_key_blocks = 0;    // at least all before the last row block
-  // Two levels, without samples: [num_coarse + 1, num_key_blocks / kCoarseBlocks, head_dim], compute dtype.
+  // Two levels: [NumRepresentatives(num_samples, num_coarse), num_key_blocks / kCoarseBlocks, head_dim],
+  // compute dtype.
   const void* coarse = nullptr;
   int64_t num_coarse = 0;  // 0: one level
   int64_t head_dim = 0;

@@ -18,11 +18,13 @@ namespace {
 constexpr int64_t kBlocksAtOnce = 8;  // key blocks whose products are kept before their maxima
 constexpr double kLog2E = 1.4426950408889634;
 
-// Rows are added in ascending order, each element by itself: the same bits on every machine.
-void FormMean(const float* rows, int64_t num_rows, int64_t row_stride, int64_t head_dim, float* mean) {
+// Rows row_at(0), row_at(1), ... are added in this order, each element by itself: the same bits on every
+// machine.
+template <typename RowAt>
+void FormMean(const RowAt& row_at, int64_t num_rows, int64_t head_dim, float* mean) {
   std::fill_n(mean, head_dim, 0.0F);
   for (int64_t row = 0; row < num_rows; ++row) {
-    const float* at = rows + row * row_stride;
+    const float* at = row_at(row);
     for (int64_t i = 0; i < head_dim; ++i) mean[i] += at[i];
   }
   for (int64_t i = 0; i < head_dim; ++i) mean[i] /= static_cast<float>(num_rows);
@@ -49,7 +51,7 @@ class BlockRepresentatives {
       : k_(k), row_stride_(row_stride), head_dim_(head_dim) {}
 
   void Write(int64_t num_samples, int64_t num_outliers, int64_t plane_stride, float* out) {
-    FormMean(k_, kRowBlock, row_stride_, head_dim_, mean_);
+    FormMean([this](int64_t key) { return k_ + key * row_stride_; }, kRowBlock, head_dim_, mean_);
     for (int64_t key = 0; key < kRowBlock; ++key) {
       distance_[key] = SquaredDistance(k_ + key * row_stride_, mean_, head_dim_);
     }
@@ -75,7 +77,8 @@ class BlockRepresentatives {
   float distance_[kRowBlock];
 };
 
-// Of coarse block `block`: the mean of its key blocks' means, then what is farthest from all chosen before.
+// Of coarse block `block`: the mean of its key blocks' means or its samples, then what is farthest from all
+// chosen before.
 void WriteCoarseRepresentatives(const CoarseRepresentativesParams& params, int64_t block) {
   const int64_t head_dim = params.head_dim;
   const auto* const rows =
@@ -84,26 +87,34 @@ void WriteCoarseRepresentatives(const CoarseRepresentativesParams& params, int64
     return rows + (n / kCoarseBlocks * params.num_key_blocks + n % kCoarseBlocks) * head_dim;
   };
   const int64_t num_candidates = params.num_representatives * kCoarseBlocks;
+  const int64_t num_planes = NumRepresentatives(params.num_samples, params.num_coarse);
   auto* chosen = static_cast<float*>(params.out) + block * head_dim;
-  FormMean(rows, kCoarseBlocks, head_dim, head_dim, chosen);
   std::array<float, kCoarseBlocks*(kMaxOutliers + 1)> distance;  // to the nearest one chosen
   distance.fill(std::numeric_limits<float>::infinity());
-  for (int64_t plane = 0; plane < params.num_coarse; ++plane) {
+  for (int64_t plane = 0; plane < num_planes; ++plane) {
+    if (params.num_samples == 0 && plane == 0) {
+      FormMean(candidate, kCoarseBlocks, head_dim, chosen);
+    } else if (plane < params.num_samples) {
+      const CoarseSample sample(params.num_samples, plane);
+      std::copy_n(candidate(sample.sample * kCoarseBlocks + sample.block), head_dim, chosen);
+    } else {
+      const int64_t farthest = std::max_element(distance.begin(), distance.begin() + num_candidates) -
+                               distance.begin();  // the first of equals
+      std::copy_n(candidate(farthest), head_dim, chosen);
+    }
     for (int64_t n = 0; n < num_candidates; ++n) {
       distance[n] = std::min(distance[n], SquaredDistance(candidate(n), chosen, head_dim));
     }
-    const int64_t farthest = std::max_element(distance.begin(), distance.begin() + num_candidates) -
-                             distance.begin();  // the first of equals
     chosen += params.num_key_blocks / kCoarseBlocks * head_dim;
-    std::copy_n(candidate(farthest), head_dim, chosen);
   }
 }
 
 absl::Status CheckSelection(const ShareSelectionParams& params) {
   LF_RETURN_IF_ERROR(CheckHeadDim("share selection", params.head_dim));
   LF_RETURN_IF_ERROR(CheckKeepsTogether("share selection", params.positions, kRowBlock, params.num_rows));
-  LF_RETURN_IF_ERROR(CheckReadsRepresentatives("share selection", params.num_representatives,
-                                               params.num_samples, params.own_k));
+  LF_RETURN_IF_ERROR(
+      CheckReadsRepresentatives("share selection", params.num_representatives, params.num_samples));
+  LF_RETURN_IF_ERROR(CheckReadsOwnKeys("share selection", params.num_samples, params.own_k));
   LF_RETURN_IF_ERROR(CheckReadsCoarse("share selection", params.num_coarse, params.num_samples,
                                       params.num_key_blocks, params.coarse));
   const int64_t last = params.positions.Position(params.num_rows - 1) / kRowBlock;
@@ -136,12 +147,14 @@ class ShareSelectionTask {
       : params_(params) {
     fine_ = {params.representatives,
              params.num_key_blocks,
-             {.num = params.num_representatives, .num_samples = params.num_samples}};
-    if (params.num_samples > 0) {  // in units of log2, as queries are
-      fine_.of_block.sample_bonus =
-          std::log2(static_cast<float>(kRowBlock) / static_cast<float>(params.num_samples));
-    }
-    coarse_ = {params.coarse, params.num_key_blocks / kCoarseBlocks, {.num = params.num_coarse + 1}};
+             {.num = params.num_representatives,
+              .num_samples = params.num_samples,
+              .sample_bonus = SampleBonus(kRowBlock)}};
+    coarse_ = {params.coarse,
+               params.num_key_blocks / kCoarseBlocks,
+               {.num = NumRepresentatives(params.num_samples, params.num_coarse),
+                .num_samples = params.num_samples,
+                .sample_bonus = SampleBonus(kCoarseBlocks * kRowBlock)}};
     packed_ = reinterpret_cast<float*>(scratch);
     scores_ = packed_ + params.head_dim * kTileLanes;
     products_ = scores_ + params.num_key_blocks * kTileLanes;
@@ -168,7 +181,7 @@ class ShareSelectionTask {
     Pack(head, first_row, num_rows);
     std::fill_n(row_max_, kTileLanes, -std::numeric_limits<float>::infinity());
     if (num_coarse_blocks > 0) {
-      ScoreCoarse(num_coarse_blocks);
+      ScoreCoarse(num_coarse_blocks, first_row, num_rows);
       Vote(static_cast<float>(kOpenFactor) * params_.min_share[head], coarse_sum_, num_rows,
            num_coarse_blocks);
     }
@@ -176,7 +189,7 @@ class ShareSelectionTask {
     Score(fine_, num_open);
     if (params_.num_samples > 0) ScoreOwn(first_row, num_rows);
     ExponentiateBlocks(row_max_, num_open, scores_, row_sum_);
-    if (params_.num_samples > 0) AddOwn(num_rows);
+    if (params_.num_samples > 0) AddOwn(num_rows, row_sum_);
     if (num_coarse_blocks > 0) RaiseToCoarseSum();
     Vote(params_.min_share[head], row_sum_, num_rows, num_open);
     for (int64_t i = 0; i < num_open; ++i) {
@@ -190,8 +203,14 @@ class ShareSelectionTask {
 
  private:
   static int64_t WordsOf(int64_t num_bits) { return (num_bits + 63) / 64; }
+  // Samples are among the representatives.
   static int64_t MostRowsOfBlock(const ShareSelectionBounds& bounds) {
-    return std::max(bounds.num_representatives, bounds.num_coarse + 1);
+    return bounds.num_representatives + bounds.num_coarse;
+  }
+  // Of samples of so many keys, in units of log2, as queries are.
+  float SampleBonus(int64_t keys) const {
+    if (params_.num_samples == 0) return 0;
+    return std::log2(static_cast<float>(keys) / static_cast<float>(params_.num_samples));
   }
   static void SetBit(uint64_t* bits, int64_t n) { bits[n / 64] |= uint64_t{1} << (n % 64); }
   bool HasVote(int64_t n) const { return (votes_[n / 64] >> (n % 64) & 1) != 0; }
@@ -226,13 +245,15 @@ class ShareSelectionTask {
     }
   }
 
-  // Leaves exponentials of the scores of the first `num_blocks` coarse blocks in scores_, and row_max_ at
-  // their maxima.
-  void ScoreCoarse(int64_t num_blocks) {
+  // Leaves exponentials of the scores of the first `num_blocks` coarse blocks in scores_, and row_max_ at the
+  // maxima of all that is in their sums.
+  void ScoreCoarse(int64_t num_blocks, int64_t first_row, int64_t num_rows) {
     std::iota(blocks_, blocks_ + num_blocks, 0);
     Score(coarse_, num_blocks);
+    if (params_.num_samples > 0) ScoreOwn(first_row, num_rows);
     std::copy_n(row_max_, kTileLanes, coarse_max_);
     ExponentiateBlocks(row_max_, num_blocks, scores_, coarse_sum_);
+    if (params_.num_samples > 0) AddOwn(num_rows, coarse_sum_);
   }
 
   // To blocks_, those before the row block whose coarse block has a vote or does not end before the row
@@ -273,9 +294,9 @@ class ShareSelectionTask {
     }
   }
 
-  void AddOwn(int64_t num_rows) {
+  void AddOwn(int64_t num_rows, float* sum) {
     ExponentiateBlocks(row_max_, num_rows, own_, own_sum_);
-    for (int64_t lane = 0; lane < kTileLanes; ++lane) row_sum_[lane] += own_sum_[lane];
+    for (int64_t lane = 0; lane < kTileLanes; ++lane) sum[lane] += own_sum_[lane];
   }
 
   // Sums of coarse blocks are relative to coarse_max_, others to row_max_, which is at least that.
@@ -332,9 +353,9 @@ absl::Status CpuCoarseRepresentatives(const CoarseRepresentativesParams& params,
   LF_RETURN_IF_ERROR(CheckAtLeast("coarse representatives", "num_key_blocks", params.num_key_blocks, 0));
   LF_RETURN_IF_ERROR(CheckHeadDim("coarse representatives", params.head_dim));
   LF_RETURN_IF_ERROR(
-      CheckReadsRepresentatives("coarse representatives", params.num_representatives, 0, nullptr));
+      CheckReadsRepresentatives("coarse representatives", params.num_representatives, params.num_samples));
   LF_RETURN_IF_ERROR(CheckAtLeast("coarse representatives", "num_coarse", params.num_coarse, 1));
-  LF_RETURN_IF_ERROR(CheckCoarse("coarse representatives: num_", params.num_coarse, 0));
+  LF_RETURN_IF_ERROR(CheckCoarse("coarse representatives: num_", params.num_coarse, params.num_samples));
   pool.ParallelFor(params.num_key_blocks / kCoarseBlocks,
                    [&](int64_t block, int) { WriteCoarseRepresentatives(params, block); });
   return absl::OkStatus();

@@ -56,17 +56,18 @@ struct BlockSparse {
 //
 // With `coarse` (C) there are two levels, for prompts so long that scores of all blocks take longer than the
 // attention that they leave. A coarse block is kCoarseBlocks key blocks; it is represented by the mean of
-// their means and by C of their representatives, each the one that is farthest from that mean and from all
-// chosen before it. Scores of coarse blocks and the softmax over those that lie wholly before the row's block
-// are as for key blocks; a coarse block is open to a 64-row query block if some row gives it a share of at
-// least kOpenFactor * tau, and so are the key blocks behind the last coarse block that is wholly before. Only
-// blocks that are open have scores, and a share is exp(score) over the larger of two sums: that of exp(score)
-// over open blocks, and that of exp(coarse score) over all coarse blocks.
+// their means, or by S of their 8 S samples (CoarseSample), and by C of their representatives, each the one
+// that is farthest from all of these before it. Scores of coarse blocks and the softmax over those that lie
+// wholly before the row's block are as for key blocks, own keys included where there are samples, each of
+// which stands for 512 / S keys here. A coarse block is open to a 64-row query block if some row gives it a
+// share of at least kOpenFactor * tau, and so are the key blocks behind the last coarse block that is wholly
+// before. Only blocks that are open have scores, and a share is exp(score) over the larger of the two levels'
+// sums, which run over open blocks and over all coarse blocks.
 struct BlockShare {
   int64_t outliers = 0;
   double min_share = 0;
   int64_t samples = 0;  // 0: the mean; else a power of two
-  int64_t coarse = 0;   // 0: one level; else without samples
+  int64_t coarse = 0;   // 0: one level
   friend bool operator==(const BlockShare&, const BlockShare&) = default;
 };
 // Together with samples: more than a quarter of a block is as dear as attention itself.
@@ -81,12 +82,21 @@ constexpr int64_t NumRepresentatives(int64_t samples, int64_t outliers) {
 }
 // The key of a block that is its sample number i.
 constexpr int64_t SampledKey(int64_t samples, int64_t i) { return 64 / samples * i + 32 / samples; }
+// Of a coarse block: its sample number i is sample `sample` of its key block number `block`, the (8 i + 4)-th
+// of all samples of its blocks, block after block.
+struct CoarseSample {
+  constexpr CoarseSample(int64_t samples, int64_t i)
+      : block((kCoarseBlocks * i + kCoarseBlocks / 2) / samples),
+        sample((kCoarseBlocks * i + kCoarseBlocks / 2) % samples) {}
+  int64_t block;
+  int64_t sample;
+};
 
 using HeadPattern = std::variant<Dense, AShape, VerticalSlash, BlockSparse, BlockShare>;
 
 // InvalidArgument naming the field and value: negative budgets, n_local < 1, vertical + slash < 1, num_blocks
-// < 1, outliers and samples above kMaxOutliers, samples that are no power of two, coarse above kMaxOutliers
-// or with samples, min_share not in [kLeastShare, 1].
+// < 1, outliers and samples above kMaxOutliers, samples that are no power of two, coarse and
+// samples above kMaxOutliers, min_share not in [kLeastShare, 1].
 absl::Status Validate(const HeadPattern& pattern);
 
 // What a head with this pattern computes in a layer whose queries see the `window` keys up to their own alone
@@ -96,7 +106,7 @@ absl::Status Validate(const HeadPattern& pattern);
 HeadPattern BoundByWindow(const HeadPattern& pattern, int64_t window, int64_t num_tokens);
 
 // "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU",
-// "block-share:R,TAU,S" or "block-share:R,TAU,0,C" (TAU a decimal number); the result has passed Validate.
+// "block-share:R,TAU,S" or "block-share:R,TAU,S,C" (TAU a decimal number); the result has passed Validate.
 absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text);
 std::string ToString(const HeadPattern& pattern);  // inverse of ParseHeadPattern
 

@@ -19,17 +19,13 @@ absl::Status CheckRepresentatives(const std::string& where, int64_t num_samples,
 }
 
 absl::Status CheckCoarse(const std::string& where, int64_t num_coarse, int64_t num_samples) {
-  if (num_coarse < 0 || num_coarse > kMaxOutliers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "coarse ", num_coarse, " is not in [0, ", kMaxOutliers, "]"));
-  }
-  if (num_coarse == 0 || num_samples == 0) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(where, "coarse ", num_coarse, " with samples ", num_samples,
-                                                 ": two levels go by means, so samples must be 0"));
+  if (num_coarse >= 0 && num_coarse <= kMaxOutliers - num_samples) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(where, "coarse ", num_coarse, " is not in [0, ", kMaxOutliers - num_samples, "]"));
 }
 
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
-                                       int64_t num_samples, const void* own_k) {
+                                       int64_t num_samples) {
   LF_RETURN_IF_ERROR(CheckRepresentatives(absl::StrCat(operation, ": num_"), num_samples, 0));
   const int64_t least = NumRepresentatives(num_samples, 0);
   const int64_t most = NumRepresentatives(num_samples, kMaxOutliers - num_samples);
@@ -37,6 +33,10 @@ absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_repres
     return absl::InvalidArgumentError(absl::StrCat(operation, ": num_representatives ", num_representatives,
                                                    " is not in [", least, ", ", most, "]"));
   }
+  return absl::OkStatus();
+}
+
+absl::Status CheckReadsOwnKeys(const char* operation, int64_t num_samples, const void* own_k) {
   if (num_samples == 0 || own_k != nullptr) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat(operation, ": num_samples ", num_samples, " without the keys of the rows, own_k"));

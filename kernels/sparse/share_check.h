@@ -15,12 +15,16 @@ namespace longfill {
 // power of two. `where` stands before "samples" and "outliers" in messages.
 absl::Status CheckRepresentatives(const std::string& where, int64_t num_samples, int64_t num_outliers);
 
-// InvalidArgument naming field and value: num_coarse not in [0, kMaxOutliers], or above 0 with samples.
+// InvalidArgument naming field and value: num_coarse below 0, or above kMaxOutliers with the samples, which
+// have passed CheckRepresentatives.
 absl::Status CheckCoarse(const std::string& where, int64_t num_coarse, int64_t num_samples);
 
-// The same where `operation` reads them; and samples need the keys of the rows.
+// CheckRepresentatives where `operation` reads so many, of which the first are samples.
 absl::Status CheckReadsRepresentatives(const char* operation, int64_t num_representatives,
-                                       int64_t num_samples, const void* own_k);
+                                       int64_t num_samples);
+
+// InvalidArgument if there are samples without the keys of the rows.
+absl::Status CheckReadsOwnKeys(const char* operation, int64_t num_samples, const void* own_k);
 
 // InvalidArgument unless the rows of coarse blocks that a selection reads are there, where it has two levels
 // and some whole coarse block.

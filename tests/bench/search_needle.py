@@ -109,6 +109,7 @@ def main():
     parser.add_argument("--judge-tokens", default="", help="lengths that it is judged at (default: those of the search)")
     parser.add_argument("--value", default="end", help="what makes a candidate good, as `longfill search` takes it")
     parser.add_argument("--end-share", default="0.5", help="of --value end")
+    parser.add_argument("--candidates", action="append", default=[], metavar="SPEC", help="in place of what `longfill search` tries")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=pathlib.Path, help="where files stay (default: a temporary folder)")
@@ -116,6 +117,7 @@ def main():
     PLACES.require()
     lengths = [int(text) for text in args.tokens.split(",")]
     device = ["--device", args.device]
+    candidates = [part for spec in args.candidates for part in ("--candidates", spec)]
     with tempfile.TemporaryDirectory(prefix="longfill-search-") as temporary:
         work = args.work or pathlib.Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -124,12 +126,12 @@ def main():
         patterns, costs = work / "patterns.json", work / "costs.json"
         begin = time.monotonic()
         if not costs.exists():
-            longfill("search", "--model", MODEL, *tokens, "--calibrate", "--out", costs, *device)
+            longfill("search", "--model", MODEL, *tokens, "--calibrate", "--out", costs, *candidates, *device)
         calibrated = time.monotonic()
         end_share = ["--end-share", args.end_share] if args.value == "end" else []
         targets = ["--per-length"] if args.per_length else ["--target-tokens", args.target_tokens or max(lengths)]
         print(longfill("search", "--model", MODEL, *tokens, "--cost", costs, "--out", patterns, "--time", args.time,
-                       "--rows", args.rows, "--value", args.value, *end_share, *targets, *device))
+                       "--rows", args.rows, "--value", args.value, *end_share, *targets, *candidates, *device))
         print(f"calibration {calibrated - begin:.1f} s, search {time.monotonic() - calibrated:.1f} s", flush=True)
         print("| tokens | pattern | passed | mean recall | last rows | mean error | density | attention, s | index, s |")
         print("|---|---|---|---|---|---|---|---|---|", flush=True)

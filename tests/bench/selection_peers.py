@@ -188,23 +188,26 @@ def representatives(k, outliers):
     return torch.cat([mean, whole.gather(1, far[..., None].expand(-1, -1, k.shape[1]))], 1)
 
 
-def coarse_representatives(of_blocks, count):
+def coarse_representatives(of_blocks, samples, count):
     whole = of_blocks[:len(of_blocks) // 8 * 8]
     rows = whole.reshape(len(whole) // 8, -1, whole.shape[2])
-    chosen = [whole[:, 0].view(len(rows), 8, -1).mean(1)]
-    distance = torch.full(rows.shape[:2], math.inf, device=rows.device)
+    if samples:
+        chosen = list(whole[:, :samples].reshape(len(rows), 8 * samples, -1)[:, 4::8].unbind(1))
+    else:
+        chosen = [whole[:, 0].view(len(rows), 8, -1).mean(1)]
+    distance = torch.stack([((rows - row[:, None])**2).sum(-1) for row in chosen]).amin(0)
     for _ in range(count):
-        distance = distance.minimum(((rows - chosen[-1][:, None])**2).sum(-1))
         chosen.append(rows[torch.arange(len(rows), device=rows.device), distance.argmax(1)])
+        distance = distance.minimum(((rows - chosen[-1][:, None])**2).sum(-1))
     return torch.stack(chosen, 1)
 
 
-def scores_of(q, rows, scale, visible):
-    """The largest product with the representatives of each block, for those before visible[i] alone."""
+def scores_of(q, rows, scale, visible, samples, keys):
+    """The largest product with the representatives of each block of so many keys, for those before visible[i] alone."""
     rows = rows.to(q.dtype)
     scores = torch.full((len(q), len(rows)), -math.inf, device=q.device)
     for r in range(rows.shape[1]):
-        scores = scores.maximum((q @ rows[:, r].T).float() * scale)
+        scores = scores.maximum((q @ rows[:, r].T).float() * scale + (math.log(keys / samples) if r < samples else 0))
     return scores.masked_fill_(torch.arange(len(rows), device=q.device) >= visible[:, None], -math.inf)
 
 
@@ -215,27 +218,25 @@ def block_share(q, k, scale, outliers, tau, samples=0, coarse=0):
     fine = representatives(k, outliers)
     if samples:
         whole = k[:n // BLOCK * BLOCK].view(-1, BLOCK, k.shape[1])
-        sampled = whole[:, BLOCK // samples // 2::BLOCK // samples].to(fine.dtype)
-    above = coarse_representatives(fine, int(coarse)) if coarse else None
+        fine = torch.cat([whole[:, BLOCK // samples // 2::BLOCK // samples].to(fine.dtype), fine[:, 1:]], 1)
+    above = coarse_representatives(fine, samples, int(coarse)) if coarse else None
     kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=k.device)
     for first in range(0, n, ROWS):
         end = min(n, first + ROWS)
         row_block = torch.arange(first, end, device=k.device) // BLOCK
         any_row = lambda x: torch.stack([part.any(0) for part in x.split(BLOCK)])
         least = torch.full((end - first, 1), -math.inf, device=k.device)
+        scores = scores_of(q[first:end], fine[:end // BLOCK], scale, row_block, samples, BLOCK)
         if samples:
-            scores = scores_of(q[first:end], sampled[:end // BLOCK], scale, row_block) + math.log(BLOCK / samples)
-            scores = scores.maximum(scores_of(q[first:end], fine[:end // BLOCK, 1:], scale, row_block))
             own = (q[first:end] @ k[first:end].T).float() * scale
             place = torch.arange(end - first, device=k.device)
             hidden = (place[None] > place[:, None]) | (place[None] // BLOCK != place[:, None] // BLOCK)
             others = own.masked_fill(hidden, -math.inf).logsumexp(1, keepdim=True)
         else:
-            scores = scores_of(q[first:end], fine[:end // BLOCK], scale, row_block)
             others = torch.full_like(least, -math.inf)
         if coarse:
-            coarse_scores = scores_of(q[first:end], above[:end // BLOCK // 8], scale, row_block // 8)
-            least = coarse_scores.logsumexp(1, keepdim=True)
+            coarse_scores = scores_of(q[first:end], above[:end // BLOCK // 8], scale, row_block // 8, samples, 8 * BLOCK)
+            least = coarse_scores.logsumexp(1, keepdim=True).logaddexp(others)
             opened = any_row(coarse_scores - least >= math.log(tau / 2)).repeat_interleave(8, 1)
             opened = F.pad(opened, (0, scores.shape[1] - opened.shape[1]), value=True)
             behind = torch.arange(scores.shape[1], device=k.device) // 8 >= row_block[::BLOCK, None] // 8

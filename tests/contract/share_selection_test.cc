@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "kernels/cpu/oracle/oracle.h"
-#include "tests/contract/backend_fixture.h"
+#include "tests/contract/share_fixture.h"
 #include "tests/testing/sanitized.h"
 
 namespace longfill {
@@ -12,350 +12,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-bool IsSet(const std::vector<uint64_t>& bits, int64_t n) { return (bits[n / 64] >> (n % 64) & 1) != 0; }
-
-class ShareSelectionTest : public BackendTest {
- protected:
-  // [heads, NumRepresentatives(samples, outliers), keys / 64, dim]
-  Buffer Represent(const std::vector<float>& k, int64_t heads, int64_t keys, int64_t dim, int64_t outliers,
-                   int64_t samples = 0) {
-    const Buffer on_backend = UploadCompute(k);
-    Buffer out = ComputeArray(heads * NumRepresentatives(samples, outliers) * (keys / kRowBlock) * dim);
-    RepresentativesParams params;
-    params.k = {on_backend.data(), keys * dim, dim};
-    params.num_heads = heads;
-    params.num_keys = keys;
-    params.head_dim = dim;
-    params.num_outliers = outliers;
-    params.num_samples = samples;
-    params.out = out.data();
-    LF_EXPECT_OK(kernels().Representatives(params, stream()));
-    LF_EXPECT_OK(stream().Sync());
-    return out;
-  }
-
-  // Of one KV head: [num_coarse + 1, num_key_blocks / kCoarseBlocks, dim].
-  Buffer RepresentCoarse(const Buffer& representatives, int64_t num_representatives, int64_t num_key_blocks,
-                         int64_t dim, int64_t num_coarse) {
-    Buffer out = ComputeArray((num_coarse + 1) * (num_key_blocks / kCoarseBlocks) * dim);
-    CoarseRepresentativesParams params;
-    params.representatives = representatives.data();
-    params.num_representatives = num_representatives;
-    params.num_key_blocks = num_key_blocks;
-    params.head_dim = dim;
-    params.num_coarse = num_coarse;
-    params.out = out.data();
-    LF_EXPECT_OK(kernels().CoarseRepresentatives(params, stream()));
-    LF_EXPECT_OK(stream().Sync());
-    return out;
-  }
-
-  struct Case {
-    int64_t rows = 0;
-    PositionMap positions = PositionMap::Contiguous(0);
-    int64_t dim = 64;
-    int64_t num_representatives = 1;
-    int64_t num_key_blocks = 0;
-    float scale = 1;
-    std::vector<float> min_share;  // of each head
-    int64_t num_samples = 0;
-    std::vector<float> own_k = {};   // [rows, own_k_row_stride], where there are samples
-    int64_t own_k_row_stride = 0;    // 0: dim
-    const Buffer* coarse = nullptr;  // where there are two levels
-    int64_t num_coarse = 0;
-  };
-  // [heads][row blocks][words]; q [heads, rows, dim]
-  using Bits = std::vector<std::vector<std::vector<uint64_t>>>;
-  Bits Select(const std::vector<float>& q, const Buffer& representatives, const Case& c) {
-    const Buffer on_backend = UploadCompute(q);
-    const Buffer own_k = UploadCompute(c.own_k);
-    const auto heads = std::ssize(c.min_share);
-    const int64_t row_blocks = RowBlocksOf(c.rows);
-    const int64_t words = c.num_key_blocks / 64 + 2;  // more than needed
-    const Buffer bits = Bytes(heads * row_blocks * words * 8);
-    ShareSelectionParams params;
-    params.q = {on_backend.data(), c.rows * c.dim, c.dim};
-    params.num_heads = heads;
-    params.num_rows = c.rows;
-    params.positions = c.positions;
-    params.representatives = representatives.data();
-    params.num_representatives = c.num_representatives;
-    params.num_samples = c.num_samples;
-    params.own_k = own_k.data();
-    params.own_k_row_stride = c.own_k_row_stride == 0 ? c.dim : c.own_k_row_stride;
-    params.num_key_blocks = c.num_key_blocks;
-    params.coarse = c.coarse == nullptr ? nullptr : c.coarse->data();
-    params.num_coarse = c.num_coarse;
-    params.head_dim = c.dim;
-    params.scale = c.scale;
-    params.min_share = c.min_share;
-    params.bits = bits.as<uint64_t>();
-    params.words_per_row = words;
-    const Workspace workspace = NewWorkspace(kernels().ShareSelectionWorkspaceBytes(
-        {heads, c.rows, c.num_representatives, c.num_key_blocks, c.dim, c.num_coarse}));
-    LF_EXPECT_OK(kernels().SelectByShare(params, workspace, stream()));
-    const std::vector<uint64_t> flat = Download<uint64_t>(bits.data(), heads * row_blocks * words);
-    Bits result(static_cast<size_t>(heads));
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t m = 0; m < row_blocks; ++m) {
-        const auto from = flat.begin() + (h * row_blocks + m) * words;
-        result[h].emplace_back(from, from + words);
-      }
-    }
-    return result;
-  }
-
-  // What represents blocks.
-  struct Kind {
-    int64_t outliers = 0, samples = 0, coarse = 0;
-    int64_t num_representatives() const { return NumRepresentatives(samples, outliers); }
-  };
-  // Blocks that shares decide, beyond rounding.
-  struct Decisions {
-    int64_t kept = 0, dropped = 0;
-    int64_t closed = 0;  // dropped as well, whatever their shares would be
-  };
-  // Four query heads of one KV head.
-  void CompareWithOracle(int64_t tokens, int64_t dim, int64_t samples, Decisions* decisions) {
-    const int64_t outliers = tokens % 3 == 0 || samples == 16 ? 0 : tokens % 3 == 1 ? 4 : 7;
-    const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};
-    const std::vector<float> q = Rounded(NormalFloats(std::ssize(min_share) * tokens * dim, 22));
-    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 23));
-    const float scale = 2.5F / std::sqrt(static_cast<float>(dim));  // some rows lean on few blocks
-    CompareWithOracle(q, k, tokens, dim, {outliers, samples}, scale, min_share, decisions);
-  }
-  // [heads, tokens, dim]: the rows of a row block want much the same, so that coarse blocks stay closed.
-  std::vector<float> AgreeingQueries(int64_t heads, int64_t tokens, int64_t dim, uint32_t seed) {
-    std::vector<float> q = NormalFloats(heads * tokens * dim, seed, 0.2F);
-    const std::vector<float> wanted = NormalFloats(heads * RowBlocksOf(tokens) * dim, seed + 1);
-    for (int64_t i = 0; i < std::ssize(q); ++i) {
-      const int64_t head = i / (tokens * dim), row = i / dim % tokens;
-      q[i] += wanted[(head * RowBlocksOf(tokens) + row / kRowBlock) * dim + i % dim];
-    }
-    return q;
-  }
-  void CompareTwoLevelsWithOracle(int64_t tokens, int64_t dim, int64_t outliers, int64_t coarse,
-                                  Decisions* decisions) {
-    const std::vector<float> min_share = {0.02F, 0.1F, 0.3F, 1.0F};
-    const std::vector<float> q = Rounded(AgreeingQueries(std::ssize(min_share), tokens, dim, 60));
-    const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 62));
-    const float scale = 2.5F / std::sqrt(static_cast<float>(dim));
-    CompareWithOracle(q, k, tokens, dim, {.outliers = outliers, .coarse = coarse}, scale, min_share,
-                      decisions);
-  }
-  // q [heads, tokens, dim] and k [tokens, dim] as the backend rounds them.
-  void CompareWithOracle(const std::vector<float>& q, const std::vector<float>& k, int64_t tokens,
-                         int64_t dim, const Kind& kind, float scale, const std::vector<float>& min_share,
-                         Decisions* decisions) {
-    const int64_t num_representatives = kind.num_representatives();
-    const auto heads = std::ssize(min_share);
-    const int64_t blocks = tokens / kRowBlock;
-    const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
-    const std::vector<float> planes =
-        DownloadCompute(representatives.data(), num_representatives * blocks * dim);
-    oracle::Representatives in_fp64 = {.rows = {planes.begin(), planes.end()},
-                                       .count = num_representatives,
-                                       .num_samples = kind.samples,
-                                       .num_coarse = kind.coarse};
-    Buffer coarse;
-    if (kind.coarse > 0) {
-      coarse = RepresentCoarse(representatives, num_representatives, blocks, dim, kind.coarse);
-      const std::vector<float> rows =
-          DownloadCompute(coarse.data(), (kind.coarse + 1) * (blocks / kCoarseBlocks) * dim);
-      in_fp64.coarse = {rows.begin(), rows.end()};
-    }
-    const Bits got = Select(q, representatives,
-                            {.rows = tokens,
-                             .dim = dim,
-                             .num_representatives = num_representatives,
-                             .num_key_blocks = blocks,
-                             .scale = scale,
-                             .min_share = min_share,
-                             .num_samples = kind.samples,
-                             .own_k = k,
-                             .coarse = &coarse,
-                             .num_coarse = kind.coarse});
-    for (int64_t h = 0; h < heads; ++h) {
-      const auto want = oracle::SelectByShare(q.data() + h * tokens * dim, k.data(), tokens, dim, in_fp64,
-                                              scale, min_share[h]);
-      const double open_share = kOpenFactor * min_share[h];
-      for (int64_t m = 0; m < std::ssize(want.blocks); ++m) {
-        const std::vector<double>& coarse_shares = want.coarse_shares[m];
-        const bool decided = std::ranges::none_of(coarse_shares, [&](double share) {
-          return std::abs(share - open_share) <= open_share * Tolerance();  // all sums may differ
-        });
-        for (int64_t n = 0; n < std::ssize(got[h][m]) * 64; ++n) {
-          const bool selected = IsSet(got[h][m], n);
-          const std::string where = testing::PrintToString(std::vector<int64_t>{
-                                        tokens, dim, kind.outliers, kind.samples, kind.coarse, h, m, n}) +
-                                    " tokens, dim, outliers, samples, coarse, head, row, block";
-          if (n > m) {
-            ASSERT_FALSE(selected) << where;
-          } else if (n == 0 || m - n < kForcedNearestBlocks) {
-            ASSERT_TRUE(selected) << where;
-          } else if (!decided) {
-            continue;
-          } else if (n / kCoarseBlocks < std::ssize(coarse_shares) &&
-                     coarse_shares[n / kCoarseBlocks] < open_share) {
-            ASSERT_FALSE(selected) << where << ", coarse share " << coarse_shares[n / kCoarseBlocks];
-            ++decisions->closed;
-          } else if (want.shares[m][n] > min_share[h] * (1 + Tolerance())) {
-            ASSERT_TRUE(selected) << where << ", share " << want.shares[m][n];
-            ++decisions->kept;
-          } else if (want.shares[m][n] < min_share[h] * (1 - Tolerance())) {
-            ASSERT_FALSE(selected) << where << ", share " << want.shares[m][n];
-            ++decisions->dropped;
-          }
-        }
-      }
-    }
-  }
-
-  // How far fp32 sums of rounded products may move a share, as a part of it.
-  double Tolerance() { return on_gpu() ? 2e-3 : 1e-4; }
-};
+class ShareSelectionTest : public ShareFixture {};
 LF_INSTANTIATE_BACKENDS(ShareSelectionTest);
-
-TEST_P(ShareSelectionTest, RepresentativesAreTheMeanAndTheFarthestKeys) {
-  for (const int64_t keys : {0, 1, 63, 64, 65, 127, 128, 129, 331}) {
-    for (const int64_t dim : {64, 96, 128, 256}) {
-      for (const int64_t outliers : {0, 1, 4, 16}) {
-        SCOPED_TRACE(testing::Message() << keys << " keys of " << dim << ", " << outliers << " outliers");
-        const int64_t heads = 3, blocks = keys / kRowBlock;
-        const std::vector<float> k = Rounded(NormalFloats(heads * keys * dim, 21));
-        const Buffer out = Represent(k, heads, keys, dim, outliers);
-        const std::vector<float> got = DownloadCompute(out.data(), heads * (outliers + 1) * blocks * dim);
-        for (int64_t h = 0; h < heads; ++h) {
-          const float* of_head = k.data() + h * keys * dim;
-          const auto want = oracle::ChooseRepresentatives(of_head, keys, dim, outliers);
-          const float* planes = got.data() + h * (outliers + 1) * blocks * dim;
-          for (int64_t i = 0; i < blocks * dim; ++i) {
-            ASSERT_NEAR(planes[i], want.means[i], 2 * epsilon() * std::abs(want.means[i]) + 1e-6);
-          }
-          for (int64_t b = 0; b < blocks; ++b) {
-            std::vector<int64_t> chosen;
-            for (int64_t r = 0; r < outliers; ++r) {
-              const float* row = planes + ((r + 1) * blocks + b) * dim;
-              int64_t key = b * kRowBlock;
-              while (key < (b + 1) * kRowBlock && !std::equal(row, row + dim, of_head + key * dim)) ++key;
-              ASSERT_LT(key, (b + 1) * kRowBlock) << "not a key of block " << b;
-              // The r-th farthest, up to rounding of distances.
-              EXPECT_NEAR(want.distances[key], want.distances[want.outliers[b][r]], 1e-4);
-              chosen.push_back(key);
-            }
-            std::sort(chosen.begin(), chosen.end());
-            EXPECT_EQ(std::unique(chosen.begin(), chosen.end()), chosen.end()) << "a key twice";
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST_P(ShareSelectionTest, SampledKeysStandInPlaceOfTheMean) {
-  const int64_t keys = 331, dim = 64, heads = 2, blocks = keys / kRowBlock;
-  const std::vector<float> k = Rounded(NormalFloats(heads * keys * dim, 40));
-  const Buffer by_mean = Represent(k, heads, keys, dim, 3);
-  const std::vector<float> with_mean = DownloadCompute(by_mean.data(), heads * 4 * blocks * dim);
-  for (const int64_t samples : {1, 2, 4, 8, 16}) {
-    const int64_t outliers = samples == 16 ? 0 : 3;
-    const int64_t planes = samples + outliers;
-    const Buffer out = Represent(k, heads, keys, dim, outliers, samples);
-    const std::vector<float> got = DownloadCompute(out.data(), heads * planes * blocks * dim);
-    for (int64_t h = 0; h < heads; ++h) {
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          const float* row = got.data() + ((h * planes + plane) * blocks + b) * dim;
-          const int64_t key = b * 64 + 64 / samples * plane + 32 / samples;
-          const float* want = plane < samples
-                                  ? k.data() + (h * keys + key) * dim
-                                  : with_mean.data() + ((h * 4 + 1 + plane - samples) * blocks + b) * dim;
-          EXPECT_TRUE(std::equal(row, row + dim, want))
-              << samples << " samples, head " << h << ", plane " << plane << ", block " << b;
-        }
-      }
-    }
-  }
-}
-
-TEST_P(ShareSelectionTest, OfKeysAtTheSameDistanceTheLowerIsFarther) {
-  const int64_t dim = 64, outliers = 16;
-  std::vector<float> k(kRowBlock * dim, 0.0F);  // pairs of opposite axes: mean 0, all at distance 2
-  for (int64_t key = 0; key < kRowBlock; ++key) k[key * dim + key / 2] = key % 2 == 0 ? 2.0F : -2.0F;
-  const Buffer out = Represent(k, 1, kRowBlock, dim, outliers);
-  const std::vector<float> got = DownloadCompute(out.data(), (outliers + 1) * dim);
-  EXPECT_EQ(std::vector<float>(got.begin(), got.begin() + dim), std::vector<float>(dim, 0.0F));
-  EXPECT_EQ(std::vector<float>(got.begin() + dim, got.end()),
-            std::vector<float>(k.begin(), k.begin() + outliers * dim));
-}
-
-// Up to rounding of distances; what follows a choice of which the oracle made another is not compared.
-TEST_P(ShareSelectionTest, CoarseRepresentativesAreTheMeanAndInTurnTheFarthest) {
-  for (const int64_t blocks : {0, 7, 8, 9, 17, 40}) {
-    for (const int64_t dim : {64, 96, 128, 256}) {
-      for (const auto& [count, num_coarse] : {std::pair{1, 1}, {1, 8}, {2, 16}, {5, 4}, {5, 8}, {17, 16}}) {
-        const int64_t coarse_blocks = blocks / kCoarseBlocks;
-        const std::vector<float> rows = Rounded(NormalFloats(count * blocks * dim, 41));
-        const std::vector<double> in_fp64(rows.begin(), rows.end());
-        const Buffer out = RepresentCoarse(UploadCompute(rows), count, blocks, dim, num_coarse);
-        const std::vector<float> got = DownloadCompute(out.data(), (num_coarse + 1) * coarse_blocks * dim);
-        const std::vector<double> want = oracle::ChooseCoarse(in_fp64, count, blocks, dim, num_coarse);
-        ASSERT_EQ(got.size(), want.size());
-        const auto at = [&](const auto& planes, int64_t plane, int64_t c) {
-          return planes.data() + (plane * coarse_blocks + c) * dim;
-        };
-        for (int64_t c = 0; c < coarse_blocks; ++c) {
-          SCOPED_TRACE(testing::Message() << blocks << " blocks of " << dim << ", " << count << " planes, "
-                                          << num_coarse << " chosen, coarse block " << c);
-          for (int64_t i = 0; i < dim; ++i) {
-            const double mean = at(want, 0, c)[i];
-            ASSERT_NEAR(at(got, 0, c)[i], mean, 2 * epsilon() * std::abs(mean) + 1e-6);
-          }
-          const auto nearest = [&](const auto* row, int64_t plane) {  // of those before the plane
-            double squares = INFINITY;
-            for (int64_t p = 0; p < plane; ++p) {
-              double sum = 0;
-              for (int64_t i = 0; i < dim; ++i) sum += std::pow(row[i] - at(want, p, c)[i], 2);
-              squares = std::min(squares, sum);
-            }
-            return std::sqrt(squares);
-          };
-          for (int64_t plane = 1; plane <= num_coarse; ++plane) {
-            const float* row = at(got, plane, c);
-            bool is_candidate = false;
-            for (int64_t n = 0; n < count * kCoarseBlocks && !is_candidate; ++n) {
-              const int64_t block = c * kCoarseBlocks + n % kCoarseBlocks;
-              is_candidate =
-                  std::equal(row, row + dim, rows.data() + (n / kCoarseBlocks * blocks + block) * dim);
-            }
-            ASSERT_TRUE(is_candidate) << "plane " << plane;
-            if (std::equal(row, row + dim, at(want, plane, c))) continue;
-            ASSERT_NEAR(nearest(row, plane), nearest(at(want, plane, c), plane), 1e-4) << "plane " << plane;
-            break;
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST_P(ShareSelectionTest, OfRepresentativesAtTheSameDistanceTheLowerPlaneAndBlockComesFirst) {
-  const int64_t dim = 64, num_coarse = 16;
-  std::vector<float> rows(2 * kCoarseBlocks * dim, 0.0F);  // opposite axes, of which any two are as far
-  for (int64_t n = 0; n < 2 * kCoarseBlocks; ++n) rows[n * dim + n / 2] = n % 2 == 0 ? 2.0F : -2.0F;
-  const auto choose = [&](int64_t count) {
-    const std::vector<float> planes(rows.begin(), rows.begin() + count * kCoarseBlocks * dim);
-    const Buffer out = RepresentCoarse(UploadCompute(planes), count, kCoarseBlocks, dim, num_coarse);
-    return DownloadCompute(out.data(), (num_coarse + 1) * dim);
-  };
-  std::vector<float> want(dim, 0.0F);  // the mean
-  want.insert(want.end(), rows.begin(), rows.end());
-  EXPECT_EQ(choose(2), want);
-  for (int64_t n = kCoarseBlocks; n < num_coarse; ++n) {  // the first again, when all are chosen
-    std::copy_n(rows.begin(), dim, want.begin() + (n + 1) * dim);
-  }
-  EXPECT_EQ(choose(1), want);
-}
 
 TEST_P(ShareSelectionTest, AgreesWithTheOracle) {
   Decisions decisions;
@@ -379,25 +37,31 @@ TEST_P(ShareSelectionTest, AgreesWithTheOracleOnLongPrompts) {
 }
 
 TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracle) {
-  Decisions decisions;
+  Decisions decisions, with_samples;
   for (const int64_t tokens : {1, 449, 511, 512, 513, 1024 + 65, 1601}) {
     for (const int64_t dim : {64, 96, 128, 256}) {
-      for (const auto& [outliers, coarse] : {std::pair{0, 1}, {4, 8}, {7, 16}}) {
-        CompareTwoLevelsWithOracle(tokens, dim, outliers, coarse, &decisions);
+      for (const Kind& kind :
+           {Kind{.coarse = 1}, {.outliers = 4, .coarse = 8}, {.outliers = 7, .coarse = 16}}) {
+        CompareTwoLevelsWithOracle(tokens, dim, kind, &decisions);
       }
+      const Kind samples = {.outliers = 4, .samples = 8, .coarse = 8};
+      CompareTwoLevelsWithOracle(tokens, dim, samples, &with_samples);
     }
   }
-  EXPECT_GT(decisions.kept, 200);
-  EXPECT_GT(decisions.dropped, 200);
-  EXPECT_GT(decisions.closed, 200);
+  for (const Decisions& each : {decisions, with_samples}) {
+    EXPECT_GT(each.kept, 200);
+    EXPECT_GT(each.dropped, 200);
+    EXPECT_GT(each.closed, 200);
+  }
 }
 
 TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracleOnLongPrompts) {
   if (kSanitized) GTEST_SKIP() << "takes minutes under a sanitizer";
   Decisions decisions;
   for (const int64_t dim : {64, 96, 128, 256}) {
-    for (const auto& [outliers, coarse] : {std::pair{4, 8}, {0, 2}}) {
-      CompareTwoLevelsWithOracle(4999, dim, outliers, coarse, &decisions);
+    for (const Kind& kind :
+         {Kind{.outliers = 4, .coarse = 8}, {.coarse = 2}, {.outliers = 8, .samples = 8, .coarse = 8}}) {
+      CompareTwoLevelsWithOracle(4999, dim, kind, &decisions);
     }
   }
   EXPECT_GT(decisions.kept, 5000);
@@ -437,6 +101,38 @@ TEST_P(ShareSelectionTest, SharesAreOfTheSumOverCoarseBlocksWhereThatIsLarger) {
   }
 }
 
+// With samples: a row that leans on its own keys gives little to coarse blocks and to open key blocks.
+TEST_P(ShareSelectionTest, OwnKeysCountInTheSumsOfBothLevels) {
+  const int64_t row_block = 22, tokens = row_block * kRowBlock + 1, blocks = row_block, dim = 64;
+  std::vector<float> q(tokens * dim, 0.0F), k(tokens * dim, 0.0F);
+  for (int64_t row = 0; row < tokens; ++row) q[row * dim] = 1;
+  for (int64_t key = 9 * kRowBlock; key < 10 * kRowBlock; ++key) k[key * dim] = 5;
+  k[(tokens - 1) * dim] = 9;  // the last row's own key
+  const double key_block = 64 * std::exp(5.0), own = std::exp(9.0);
+  const Buffer representatives = Represent(k, 1, tokens, dim, 0, 1);
+  const Buffer coarse = RepresentCoarse(representatives, 1, blocks, dim, 1, 1);
+  const auto keeps = [&](int64_t block, double min_share) {
+    return IsSet(Select(q, representatives,
+                        {.rows = tokens,
+                         .dim = dim,
+                         .num_key_blocks = blocks,
+                         .min_share = {static_cast<float>(min_share)},
+                         .num_samples = 1,
+                         .own_k = k,
+                         .coarse = &coarse,
+                         .num_coarse = 1})[0][row_block],
+                 block);
+  };
+  // Both coarse blocks weigh 512 by their sample, which is not of block 9, whose own weight would be enough.
+  const double opens = 512 / (2 * 512 + own) / kOpenFactor;
+  ASSERT_LT(opens, 0.9 * key_block / (21 * 64 + key_block + own));
+  EXPECT_TRUE(keeps(9, opens * 0.99));
+  EXPECT_FALSE(keeps(9, opens * 1.01));
+  const double share = 64 / (21 * 64 + key_block + own);
+  EXPECT_TRUE(keeps(16, share * 0.99));
+  EXPECT_FALSE(keeps(16, share * 1.01));
+}
+
 // Scores for which rows want so many blocks that the backend must go over them twice.
 TEST_P(ShareSelectionTest, AgreesWithTheOracleOnRowsOfManyBlocks) {
   const int64_t tokens = 6'400;
@@ -445,8 +141,10 @@ TEST_P(ShareSelectionTest, AgreesWithTheOracleOnRowsOfManyBlocks) {
     const std::vector<float> q = Rounded(AgreeingQueries(1, tokens, dim, 70));
     const std::vector<float> k = Rounded(NormalFloats(tokens * dim, 72));
     const float scale = 1.2F / std::sqrt(static_cast<float>(dim));
-    for (const Kind& kind :
-         {Kind{.outliers = 4}, {.outliers = 4, .samples = 4}, {.outliers = 4, .coarse = 8}}) {
+    for (const Kind& kind : {Kind{.outliers = 4},
+                             {.outliers = 4, .samples = 4},
+                             {.outliers = 4, .coarse = 8},
+                             {.outliers = 4, .samples = 4, .coarse = 8}}) {
       CompareWithOracle(q, k, tokens, dim, kind, scale, {0.5F * kRowBlock / static_cast<float>(tokens)},
                         &decisions);
     }
@@ -461,21 +159,31 @@ TEST_P(ShareSelectionTest, TheLeastShareDoesNotDependOnWhatElseIsInTheCall) {
   const int64_t tokens = 12'800, dim = 64, blocks = tokens / kRowBlock, first = 150, row_block = 187;
   const std::vector<float> k = NormalFloats(tokens * dim, 81);
   const std::vector<float> q = AgreeingQueries(1, tokens - first * kRowBlock, dim, 80);  // from `first` on
-  const Buffer representatives = Represent(k, 1, tokens, dim, 4);
-  const Buffer coarse = RepresentCoarse(representatives, 5, blocks, dim, 8);
-  for (const int64_t num_coarse : {0, 8}) {
+  for (const Kind& kind :
+       {Kind{.outliers = 4}, {.outliers = 4, .coarse = 8}, {.outliers = 4, .samples = 4, .coarse = 8}}) {
+    const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
+    const int64_t num_representatives = kind.num_representatives();
+    Buffer coarse;
+    if (kind.coarse > 0) {
+      coarse = RepresentCoarse(representatives, num_representatives, blocks, dim, kind.coarse, kind.samples);
+    }
+    const std::string what =
+        testing::PrintToString(std::vector<int64_t>{kind.samples, kind.coarse}) + " samples, coarse";
     const auto keeps = [&](int64_t begin, int64_t end, int64_t block, float min_share) {
       const auto row_of = [&](int64_t b) { return q.begin() + (b - first) * kRowBlock * dim; };
+      const auto key_of = [&](int64_t b) { return k.begin() + b * kRowBlock * dim; };
       const Bits bits = Select({row_of(begin), row_of(end)}, representatives,
                                {.rows = (end - begin) * kRowBlock,
                                 .positions = PositionMap::Contiguous(begin * kRowBlock),
                                 .dim = dim,
-                                .num_representatives = 5,
+                                .num_representatives = num_representatives,
                                 .num_key_blocks = blocks,
                                 .scale = 0.2F,
                                 .min_share = {min_share},
+                                .num_samples = kind.samples,
+                                .own_k = {key_of(begin), key_of(end)},
                                 .coarse = &coarse,
-                                .num_coarse = num_coarse});
+                                .num_coarse = kind.coarse});
       return IsSet(bits[0][row_block - begin], block);
     };
     for (const int64_t block : {3, 77, 130, 176}) {
@@ -492,10 +200,9 @@ TEST_P(ShareSelectionTest, TheLeastShareDoesNotDependOnWhatElseIsInTheCall) {
                                        {row_block, blocks},
                                        {row_block - 1, row_block + 1},
                                        {row_block - 2, row_block + 3}}) {
-        EXPECT_TRUE(keeps(begin, end, block, kept))
-            << num_coarse << " coarse, block " << block << ", rows from " << begin;
+        EXPECT_TRUE(keeps(begin, end, block, kept)) << what << ", block " << block << ", rows from " << begin;
         EXPECT_FALSE(keeps(begin, end, block, dropped))
-            << num_coarse << " coarse, block " << block << ", rows from " << begin;
+            << what << ", block " << block << ", rows from " << begin;
       }
     }
   }
@@ -533,8 +240,10 @@ TEST_P(ShareSelectionTest, CandidatesFailWhenSumsAreKnown) {
 
 // The bits of a row block are those of the whole prompt for ranks, chunks and heads of a call.
 TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
-  for (const Kind& kind :
-       {Kind{.outliers = 4}, {.outliers = 4, .samples = 4}, {.outliers = 4, .coarse = 8}}) {
+  for (const Kind& kind : {Kind{.outliers = 4},
+                           {.outliers = 4, .samples = 4},
+                           {.outliers = 4, .coarse = 8},
+                           {.outliers = 4, .samples = 4, .coarse = 8}}) {
     const int64_t tokens = 2999, dim = 64, heads = 3, blocks = tokens / kRowBlock;
     const std::vector<float> q = kind.coarse > 0 ? AgreeingQueries(heads, tokens, dim, 24)
                                                  : NormalFloats(heads * tokens * dim, 24, 2.0F);
@@ -542,7 +251,8 @@ TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
     const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
     Buffer coarse;
     if (kind.coarse > 0) {
-      coarse = RepresentCoarse(representatives, kind.num_representatives(), blocks, dim, kind.coarse);
+      coarse = RepresentCoarse(representatives, kind.num_representatives(), blocks, dim, kind.coarse,
+                               kind.samples);
     }
     Case whole = {.rows = tokens,
                   .dim = dim,
@@ -705,13 +415,6 @@ TEST_P(ShareSelectionTest, OneKeyThatARowWantsKeepsItsBlock) {
 }
 
 TEST_P(ShareSelectionTest, NothingToDoIsLegal) {
-  RepresentativesParams none;
-  none.head_dim = 64;
-  LF_EXPECT_OK(kernels().Representatives(none, stream()));
-  CoarseRepresentativesParams no_coarse;
-  no_coarse.num_representatives = no_coarse.num_coarse = 1;
-  no_coarse.head_dim = 64;
-  LF_EXPECT_OK(kernels().CoarseRepresentatives(no_coarse, stream()));
   ShareSelectionParams params;
   LF_EXPECT_OK(kernels().SelectByShare(params, {}, stream()));
   const Buffer offsets = Bytes(8), entries = Bytes(8);
@@ -787,11 +490,6 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
     });
   }
   expect("num_coarse 4 without", [](ShareSelectionParams& p) { p.num_coarse = 4; });
-  expect("num_coarse 4 with samples 4", [&](ShareSelectionParams& p) {
-    p.coarse = p.own_k = data.data();
-    p.own_k_row_stride = 64;
-    p.num_coarse = p.num_samples = 4;
-  });
   expect("scale 0", [](ShareSelectionParams& p) { p.scale = 0; });
   expect("first 32", [](ShareSelectionParams& p) { p.positions = PositionMap::Contiguous(32); });
   expect("block 96", [](ShareSelectionParams& p) { p.positions = {0, 96, 192}; });
@@ -804,47 +502,6 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
   }
   good.head_dim = 12;
   EXPECT_THAT(run(good), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("head_dim 12")));
-
-  RepresentativesParams many;
-  many.k = {data.data(), 0, 64};
-  many.num_heads = 1;
-  many.num_keys = 64;
-  many.head_dim = 64;
-  many.num_outliers = 17;
-  EXPECT_THAT(kernels().Representatives(many, stream()),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("num_outliers 17")));
-  many.num_outliers = 4;
-  for (const int64_t samples : {-1, 3, 16}) {
-    many.num_samples = samples;
-    EXPECT_THAT(
-        kernels().Representatives(many, stream()),
-        StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(absl::StrCat("num_samples ", samples))));
-  }
-}
-
-TEST_P(ShareSelectionTest, SaysWhatIsWrongWithCoarseBlocks) {
-  const Buffer data = UploadCompute(std::vector<float>(size_t{17} * 8 * 64, 0.0F));
-  const Buffer out = ComputeArray(17 * 64);
-  const auto expect = [&](absl::StatusCode code, const char* message, const auto& change) {
-    CoarseRepresentativesParams bad;
-    bad.representatives = data.data();
-    bad.num_representatives = 5;
-    bad.num_key_blocks = 8;
-    bad.head_dim = 64;
-    bad.num_coarse = 4;
-    bad.out = out.data();
-    LF_EXPECT_OK(kernels().CoarseRepresentatives(bad, stream()));
-    change(bad);
-    EXPECT_THAT(kernels().CoarseRepresentatives(bad, stream()), StatusIs(code, HasSubstr(message)));
-  };
-  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
-  using Params = CoarseRepresentativesParams;
-  expect(kInvalid, "num_coarse 0", [](Params& p) { p.num_coarse = 0; });
-  expect(kInvalid, "num_coarse 17", [](Params& p) { p.num_coarse = 17; });
-  expect(kInvalid, "num_representatives 0", [](Params& p) { p.num_representatives = 0; });
-  expect(kInvalid, "num_representatives 18", [](Params& p) { p.num_representatives = 18; });
-  expect(kInvalid, "num_key_blocks -8", [](Params& p) { p.num_key_blocks = -8; });
-  expect(absl::StatusCode::kUnimplemented, "head_dim 12", [](Params& p) { p.head_dim = 12; });
 }
 
 }  // namespace

@@ -144,7 +144,11 @@ class BenchShares(support.TemporaryDirectoryTest):
         self.check_attention("block-share:2,0.2,8", 10)
 
     def test_two_levels_are_timed_and_checked(self):
-        options = ("--tokens", "300,9000", "--attention", "block-share:2,0.5,0,4", *SHAPE, "--repeat", "1")
+        self.check_two_levels("block-share:2,0.5,0,4")
+        self.check_two_levels("block-share:2,0.5,4,4")
+
+    def check_two_levels(self, attention):
+        options = ("--tokens", "300,9000", "--attention", attention, *SHAPE, "--repeat", "1")
         result = run("bench", "shares", *options, "--json")
         self.assertEqual(result.returncode, 0, result.stderr)
         short, long = json.loads(result.stdout)["cases"]

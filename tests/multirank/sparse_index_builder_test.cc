@@ -223,7 +223,7 @@ TEST_P(DistributedIndex, SamplesOfEveryKvHeadAreTheSameOnEveryMesh) {
 TEST_P(DistributedIndex, TwoLevelsOfSharesAreTheSameOnEveryMesh) {
   const std::vector<HeadPattern> patterns{BlockShare{2, 0.05},       BlockShare{2, 0.05, 0, 4},
                                           BlockShare{2, 0.2, 0, 4},  BlockShare{2, 0.2, 0, 8},
-                                          BlockShare{0, 0.5, 0, 16}, BlockShare{4, 0.9, 0, 1}};
+                                          BlockShare{0, 0.5, 0, 16}, BlockShare{4, 0.3, 8, 4}};
   for (const int64_t num_tokens : {65, 511, 700, 1337, 3000}) {
     Prompt prompt(MakeGeometry(6, 3), num_tokens, 90);
     // Rows of a row block ask for the same, so that coarse blocks are closed to them.

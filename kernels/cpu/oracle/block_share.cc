@@ -18,16 +18,16 @@ double Dot(const float* q, const auto* key, int64_t head_dim) {
   return product;
 }
 
-// Of one query for the first `num_scored` of `num_blocks` blocks, each the largest product with its
-// representatives [count, num_blocks, head_dim], of which the first num_samples are samples.
+// Of one query for the first `num_scored` of `num_blocks` blocks of `keys` keys, each the largest product
+// with its representatives [count, num_blocks, head_dim], of which the first num_samples are samples.
 std::vector<double> Scores(const float* q, const std::vector<double>& representatives, int64_t count,
-                           int64_t num_samples, int64_t num_blocks, int64_t num_scored, int64_t head_dim,
-                           double scale) {
+                           int64_t num_samples, int64_t num_blocks, int64_t keys, int64_t num_scored,
+                           int64_t head_dim, double scale) {
   std::vector<double> scores(num_scored, -kInfinity);
   for (int64_t b = 0; b < num_scored; ++b) {
     for (int64_t r = 0; r < count; ++r) {
       double score = scale * Dot(q, representatives.data() + (r * num_blocks + b) * head_dim, head_dim);
-      if (r < num_samples) score += std::log(static_cast<double>(kBlock) / static_cast<double>(num_samples));
+      if (r < num_samples) score += std::log(static_cast<double>(keys) / static_cast<double>(num_samples));
       scores[b] = std::max(scores[b], score);
     }
   }
@@ -74,28 +74,36 @@ RepresentativeChoice ChooseRepresentatives(const float* k, int64_t num_tokens, i
   return choice;
 }
 
-std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count, int64_t num_key_blocks,
-                                 int64_t head_dim, int64_t num_coarse) {
+std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count, int64_t num_samples,
+                                 int64_t num_key_blocks, int64_t head_dim, int64_t num_coarse) {
   const int64_t num_blocks = num_key_blocks / kCoarse;
-  std::vector<double> coarse((num_coarse + 1) * num_blocks * head_dim, 0);
+  const int64_t num_planes = std::max<int64_t>(1, num_samples) + num_coarse;
+  std::vector<double> coarse(num_planes * num_blocks * head_dim, 0);
   for (int64_t c = 0; c < num_blocks; ++c) {
-    std::vector<const double*> candidates;  // plane after plane
-    for (int64_t r = 0; r < count; ++r) {
-      for (int64_t b = c * kCoarse; b < (c + 1) * kCoarse; ++b) {
-        candidates.push_back(rows.data() + (r * num_key_blocks + b) * head_dim);
+    const auto row_at = [&](int64_t plane, int64_t block) {
+      return rows.data() + (plane * num_key_blocks + c * kCoarse + block) * head_dim;
+    };
+    std::vector<std::vector<double>> chosen;
+    if (num_samples == 0) {
+      chosen.emplace_back(head_dim, 0);
+      for (int64_t b = 0; b < kCoarse; ++b) {
+        for (int64_t i = 0; i < head_dim; ++i) chosen[0][i] += row_at(0, b)[i] / double{kCoarse};
       }
     }
-    double* mean = coarse.data() + c * head_dim;
+    std::vector<const double*> samples;  // block after block
     for (int64_t b = 0; b < kCoarse; ++b) {
-      for (int64_t i = 0; i < head_dim; ++i) mean[i] += candidates[b][i] / static_cast<double>(kCoarse);
+      for (int64_t s = 0; s < num_samples; ++s) samples.push_back(row_at(s, b));
     }
-    std::vector<const double*> chosen = {mean};
-    for (int64_t plane = 1; plane <= num_coarse; ++plane) {
+    for (int64_t n = kCoarse / 2; n < std::ssize(samples); n += kCoarse) {
+      chosen.emplace_back(samples[n], samples[n] + head_dim);
+    }
+    while (std::ssize(chosen) < num_planes) {
       const double* farthest = nullptr;
       double longest = -1;
-      for (const double* candidate : candidates) {
+      for (int64_t n = 0; n < count * kCoarse; ++n) {  // plane after plane
+        const double* candidate = row_at(n / kCoarse, n % kCoarse);
         double nearest = kInfinity;
-        for (const double* before : chosen) {
+        for (const std::vector<double>& before : chosen) {
           double squares = 0;
           for (int64_t i = 0; i < head_dim; ++i) squares += std::pow(candidate[i] - before[i], 2);
           nearest = std::min(nearest, std::sqrt(squares));
@@ -105,8 +113,10 @@ std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count,
           farthest = candidate;
         }
       }
-      chosen.push_back(farthest);
-      std::copy_n(farthest, head_dim, coarse.data() + (plane * num_blocks + c) * head_dim);
+      chosen.emplace_back(farthest, farthest + head_dim);
+    }
+    for (int64_t plane = 0; plane < num_planes; ++plane) {
+      std::copy_n(chosen[plane].begin(), head_dim, coarse.data() + (plane * num_blocks + c) * head_dim);
     }
   }
   return coarse;
@@ -120,26 +130,30 @@ ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens,
     const int64_t end_row = std::min(num_tokens, (m + 1) * kBlock);
     const int64_t num_coarse_blocks = all.num_coarse == 0 ? 0 : m / kCoarse;
     std::vector<double> largest_coarse(num_coarse_blocks, 0);
+    // With samples, the scores of the row's own block.
+    const auto with_own_keys = [&](std::vector<double> scores, int64_t row) {
+      for (int64_t key = m * kBlock; all.num_samples > 0 && key <= row; ++key) {
+        scores.push_back(scale * Dot(q + row * head_dim, k + key * head_dim, head_dim));
+      }
+      return scores;
+    };
     std::vector<double> coarse_sums;  // of each row, as logs
     for (int64_t row = m * kBlock; row < end_row; ++row) {
-      std::vector<double> shares = Scores(q + row * head_dim, all.coarse, all.num_coarse + 1, 0,
-                                          whole_blocks / kCoarse, num_coarse_blocks, head_dim, scale);
-      coarse_sums.push_back(LogSum(shares));
+      std::vector<double> shares = Scores(
+          q + row * head_dim, all.coarse, std::max<int64_t>(1, all.num_samples) + all.num_coarse,
+          all.num_samples, whole_blocks / kCoarse, kCoarse * kBlock, num_coarse_blocks, head_dim, scale);
+      coarse_sums.push_back(LogSum(with_own_keys(shares, row)));
       for (double& share : shares) share = std::exp(share - coarse_sums.back());
       RaiseTo(shares, &largest_coarse);
     }
     std::vector<double> largest(m, 0);
     for (int64_t row = m * kBlock; row < end_row; ++row) {
-      std::vector<double> shares =
-          Scores(q + row * head_dim, all.rows, all.count, all.num_samples, whole_blocks, m, head_dim, scale);
+      std::vector<double> shares = Scores(q + row * head_dim, all.rows, all.count, all.num_samples,
+                                          whole_blocks, kBlock, m, head_dim, scale);
       for (int64_t b = 0; b < num_coarse_blocks * kCoarse; ++b) {
         if (largest_coarse[b / kCoarse] < 0.5 * min_share) shares[b] = -kInfinity;
       }
-      std::vector<double> summed = shares;
-      for (int64_t key = m * kBlock; all.num_samples > 0 && key <= row; ++key) {
-        summed.push_back(scale * Dot(q + row * head_dim, k + key * head_dim, head_dim));
-      }
-      const double sum = std::max(LogSum(summed), coarse_sums[row - m * kBlock]);
+      const double sum = std::max(LogSum(with_own_keys(shares, row)), coarse_sums[row - m * kBlock]);
       for (double& share : shares) share = std::exp(share - sum);
       RaiseTo(shares, &largest);
     }
@@ -175,7 +189,8 @@ ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens,
     }
   }
   if (pattern.coarse > 0) {
-    all.coarse = ChooseCoarse(all.rows, all.count, num_tokens / kBlock, head_dim, pattern.coarse);
+    all.coarse =
+        ChooseCoarse(all.rows, all.count, pattern.samples, num_tokens / kBlock, head_dim, pattern.coarse);
   }
   return SelectByShare(q, k, num_tokens, head_dim, all, scale, pattern.min_share);
 }

@@ -96,14 +96,15 @@ struct Representatives {
   std::vector<double> rows;  // [count, num_tokens / 64, head_dim]
   int64_t count = 0;
   int64_t num_samples = 0;     // the first ones
-  std::vector<double> coarse;  // [num_coarse + 1, num_tokens / 512, head_dim]
+  std::vector<double> coarse;  // [max(1, num_samples) + num_coarse, num_tokens / 512, head_dim]
   int64_t num_coarse = 0;      // 0: one level
 };
-// What `coarse` is for representatives [count, num_key_blocks, head_dim] of which the first are means: their
-// mean, then in turn the one that is farthest from it and from those chosen before, ties to the lower plane
-// and then the lower block.
-std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count, int64_t num_key_blocks,
-                                 int64_t head_dim, int64_t num_coarse);
+// What `coarse` is for representatives [count, num_key_blocks, head_dim] of which the first num_samples are
+// samples: the mean of the first ones, or every eighth of all samples of eight blocks from the fifth on, then
+// in turn the one that is farthest from it and from those chosen before, ties to the lower plane and then the
+// lower block.
+std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count, int64_t num_samples,
+                                 int64_t num_key_blocks, int64_t head_dim, int64_t num_coarse);
 
 struct ShareSelection {
   // [num_row_blocks][m]: the largest share that a row of row block m gives each block before it; 0 of a block

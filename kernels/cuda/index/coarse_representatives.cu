@@ -23,11 +23,12 @@ __global__ __launch_bounds__(kThreads) void CoarseRepresentativesKernel(
     const __grid_constant__ CoarseRepresentativesParams params) {
   __shared__ float chosen[kMaxHeadDim];        // the last one
   __shared__ float distances[kMaxCandidates];  // squared, to the nearest of those chosen
-  __shared__ int farthest;
+  __shared__ int next;                         // candidate that is chosen
   using Row = cuda::Packed<Element, kPacked>;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int lanes = static_cast<int>(params.head_dim) / kPacked;  // that have a part of a row
+  const int num_samples = static_cast<int>(params.num_samples);
   const int num_candidates = kBlocks * static_cast<int>(params.num_representatives);
   const int64_t num_coarse_blocks = gridDim.x;
   const int64_t plane = params.num_key_blocks * params.head_dim;
@@ -36,7 +37,8 @@ __global__ __launch_bounds__(kThreads) void CoarseRepresentativesKernel(
   Element* const out = static_cast<Element*>(params.out) + int64_t{blockIdx.x} * params.head_dim;
   const auto row_of = [&](int i) { return rows + i / kBlocks * plane + i % kBlocks * params.head_dim; };
 
-  if (thread < lanes) {  // the mean of means
+  for (int i = thread; i < num_candidates; i += kThreads) distances[i] = INFINITY;
+  if (num_samples == 0 && thread < lanes) {  // the mean of means
     float sums[kPacked] = {};
     for (int i = 0; i < kBlocks; ++i) {
       float values[kPacked];
@@ -51,11 +53,11 @@ __global__ __launch_bounds__(kThreads) void CoarseRepresentativesKernel(
     }
     Row::Narrow(sums).Store(out + lane * kPacked);
   }
-  for (int i = thread; i < num_candidates; i += kThreads) distances[i] = INFINITY;
   __syncthreads();
 
-  for (int64_t r = 1; r <= params.num_coarse; ++r) {
-    for (int i = thread / 32; i < num_candidates; i += kWarps) {
+  const int num_planes = static_cast<int>(NumRepresentatives(num_samples, params.num_coarse));
+  for (int r = num_samples == 0 ? 1 : 0; r < num_planes; ++r) {
+    for (int i = thread / 32; r > 0 && i < num_candidates; i += kWarps) {
       float squares = 0;
       if (lane < lanes) {
         float values[kPacked];
@@ -70,7 +72,12 @@ __global__ __launch_bounds__(kThreads) void CoarseRepresentativesKernel(
       if (lane == 0) distances[i] = fminf(distances[i], squares);
     }
     __syncthreads();
-    if (thread < 32) {
+    if (r < num_samples) {
+      if (thread == 0) {
+        const CoarseSample sample(num_samples, r);
+        next = static_cast<int>(sample.sample * kBlocks + sample.block);
+      }
+    } else if (thread < 32) {
       // The largest distance, which is not negative, and of equal ones the lower candidate.
       uint64_t best = 0;
       for (int i = lane; i < num_candidates; i += 32) {
@@ -81,11 +88,11 @@ __global__ __launch_bounds__(kThreads) void CoarseRepresentativesKernel(
         best = max(best, static_cast<uint64_t>(
                              __shfl_xor_sync(kAllLanes, static_cast<unsigned long long>(best), step)));
       }
-      if (lane == 0) farthest = static_cast<int>(0xFFFFFFFFU - static_cast<uint32_t>(best));
+      if (lane == 0) next = static_cast<int>(0xFFFFFFFFU - static_cast<uint32_t>(best));
     }
     __syncthreads();
     if (thread < lanes) {
-      const Row row = Row::Load(row_of(farthest) + lane * kPacked);
+      const Row row = Row::Load(row_of(next) + lane * kPacked);
       float values[kPacked];
       row.Widen(values);
 #pragma unroll
@@ -101,9 +108,9 @@ __global__ __launch_bounds__(kThreads) void CoarseRepresentativesKernel(
 absl::Status CudaCoarseRepresentatives(const CoarseRepresentativesParams& params, DType compute_dtype,
                                        cudaStream_t stream) {
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_key_blocks", params.num_key_blocks, 0));
-  LF_RETURN_IF_ERROR(CheckReadsRepresentatives(kOperation, params.num_representatives, 0, nullptr));
+  LF_RETURN_IF_ERROR(CheckReadsRepresentatives(kOperation, params.num_representatives, params.num_samples));
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_coarse", params.num_coarse, 1));
-  LF_RETURN_IF_ERROR(CheckCoarse("coarse representatives: num_", params.num_coarse, 0));
+  LF_RETURN_IF_ERROR(CheckCoarse("coarse representatives: num_", params.num_coarse, params.num_samples));
   if (params.head_dim < kPacked || params.head_dim > kMaxHeadDim || params.head_dim % kPacked != 0) {
     return absl::UnimplementedError(absl::StrCat(kOperation, ": no variant for head_dim ", params.head_dim,
                                                  ", only for multiples of ", kPacked, " up to ",

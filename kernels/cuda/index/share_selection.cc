@@ -47,8 +47,8 @@ absl::Status Check(const ShareSelectionParams& params) {
         absl::StrCat(kOperation, ": rows must be aligned to 16 bytes, the row stride is ",
                      params.q.row_stride, ", the head stride ", params.q.head_stride));
   }
-  LF_RETURN_IF_ERROR(
-      CheckReadsRepresentatives(kOperation, params.num_representatives, params.num_samples, params.own_k));
+  LF_RETURN_IF_ERROR(CheckReadsRepresentatives(kOperation, params.num_representatives, params.num_samples));
+  LF_RETURN_IF_ERROR(CheckReadsOwnKeys(kOperation, params.num_samples, params.own_k));
   if (params.num_samples > 0 && !cuda::AlignedTo16(params.own_k, 2 * params.own_k_row_stride)) {
     return absl::InvalidArgumentError(
         absl::StrCat(kOperation, ": keys of the rows must be aligned to 16 bytes, the row stride is ",
@@ -109,6 +109,11 @@ class Launcher {
     args.num_rows = params_.num_rows;
     args.positions = params_.positions;
     args.scale_log2 = static_cast<float>(params_.scale * std::numbers::log2e);
+    args.num_samples = static_cast<int32_t>(params_.num_samples);
+    if (params_.num_samples > 0) {
+      args.own_k = params_.own_k;
+      args.own_k_row_stride = params_.own_k_row_stride;
+    }
     return args;
   }
 
@@ -117,8 +122,10 @@ class Launcher {
     for (int64_t head = 0; head < params_.num_heads; head += kMaxShareHeads) {
       ShareSelectionArgs args = ArgsFrom(head);
       args.representatives = params_.coarse;
-      args.num_representatives = static_cast<int32_t>(params_.num_coarse + 1);
+      args.num_representatives =
+          static_cast<int32_t>(NumRepresentatives(params_.num_samples, params_.num_coarse));
       args.block_keys = static_cast<int32_t>(kCoarseBlocks * kRowBlock);
+      args.sample_bonus = SampleBonus(args.block_keys);
       args.bits = static_cast<uint64_t*>(workspace.data) + FirstRowBlock(head) * layout.open_words;
       args.words_per_row = layout.open_words;
       args.sums = SumsOf(head, layout, workspace);
@@ -132,13 +139,7 @@ class Launcher {
       ShareSelectionArgs args = ArgsFrom(head);
       args.representatives = params_.representatives;
       args.num_representatives = static_cast<int32_t>(params_.num_representatives);
-      args.num_samples = static_cast<int32_t>(params_.num_samples);
-      if (params_.num_samples > 0) {
-        const double weight = static_cast<double>(kRowBlock) / static_cast<double>(params_.num_samples);
-        args.sample_bonus = static_cast<float>(std::log(weight) / params_.scale);
-        args.own_k = params_.own_k;
-        args.own_k_row_stride = params_.own_k_row_stride;
-      }
+      args.sample_bonus = SampleBonus(kRowBlock);
       args.bits = params_.bits + FirstRowBlock(head) * params_.words_per_row;
       args.words_per_row = params_.words_per_row;
       if (layout.open_words > 0) {
@@ -152,6 +153,12 @@ class Launcher {
   }
 
  private:
+  // Of samples of so many keys.
+  float SampleBonus(int64_t keys) const {
+    if (params_.num_samples == 0) return 0;
+    const double weight = static_cast<double>(keys) / static_cast<double>(params_.num_samples);
+    return static_cast<float>(std::log(weight) / params_.scale);
+  }
   int64_t FirstRowBlock(int64_t head) const { return head * RowBlocksOf(params_.num_rows); }
   float* SumsOf(int64_t head, const CoarseLayout& layout, Workspace workspace) const {
     return reinterpret_cast<float*>(static_cast<char*>(workspace.data) + layout.sums) +

@@ -20,7 +20,7 @@ struct ShareSelectionArgs {
   int64_t plane_stride = 0;                     // elements
   int32_t num_representatives = 0;
   int32_t num_samples = 0;       // the first of them; 0: none
-  float sample_bonus = 0;        // added to products with samples: ln(64 / num_samples) / scale
+  float sample_bonus = 0;        // added to products with samples: ln(block_keys / num_samples) / scale
   const void* own_k = nullptr;   // the key of each row, where there are samples
   int64_t own_k_row_stride = 0;  // elements
   int32_t num_heads = 0;         // of the launch
@@ -31,7 +31,7 @@ struct ShareSelectionArgs {
   uint64_t* bits = nullptr;
   int64_t words_per_row = 0;
   // Of a selection of coarse blocks, the first of two launches: log2 of each row's sum, [num_heads,
-  // num_rows], -infinity where it sees no block. It forces no blocks.
+  // num_rows], -infinity where it has neither a block nor own keys. It forces no blocks.
   float* sums = nullptr;
   // Of the second: what the first has written, of the same rows.
   const uint64_t* open = nullptr;  // [num_heads, ceil(num_rows / 64), open_words]; null: all blocks are open

@@ -170,7 +170,7 @@ class LayerGraphTest : public GraphCaptureTest {
     counts_ = Array(kHeads * static_cast<int64_t>(sizeof(IndexCounts)));
     pairs_ = Array(kHeads * static_cast<int64_t>(sizeof(PairCounts)));
     representatives_ = Array(NumRepresentatives(kSamples, kOutliers) * kWords * kHeadDim * 2);
-    coarse_ = Array((kCoarse + 1) * (kWords / kCoarseBlocks) * kHeadDim * 2);
+    coarse_ = Array(NumRepresentatives(kSamples, kCoarse) * (kWords / kCoarseBlocks) * kHeadDim * 2);
     row_offsets_ = Array(kHeads * (kWords + 1) * 8);
     key_blocks_ = Array(kHeads * kWords * (kWords + 1) / 2 * 4);
     num_entries_ = Array(8);
@@ -317,6 +317,7 @@ absl::Status LayerGraphTest::SelectShares(const BlockShare& pattern, std::vector
     if (pattern.coarse > 0) {
       LF_RETURN_IF_ERROR(kernels().CoarseRepresentatives({.representatives = representatives_.data(),
                                                           .num_representatives = num_representatives,
+                                                          .num_samples = pattern.samples,
                                                           .num_key_blocks = kWords,
                                                           .head_dim = kHeadDim,
                                                           .num_coarse = pattern.coarse,
@@ -366,7 +367,7 @@ absl::Status LayerGraphTest::SelectShares(const BlockShare& pattern, std::vector
 
 TEST_F(LayerGraphTest, ShareSelectionAndAttention) {
   for (const BlockShare& pattern :
-       {BlockShare{kOutliers, 0.1, kSamples}, BlockShare{kOutliers, 0.1, 0, kCoarse}}) {
+       {BlockShare{kOutliers, 0.1, kSamples}, BlockShare{kOutliers, 0.1, kSamples, kCoarse}}) {
     SCOPED_TRACE(ToString(pattern));
     ExpectReplayEqual(out_, [&] { return ShareLayer(pattern); });
     ExpectReplayEqual(pairs_, [&] { return ShareLayer(pattern); });

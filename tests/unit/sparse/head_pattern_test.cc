@@ -26,6 +26,7 @@ TEST(ParseHeadPattern, ReadsEveryFormAndWritesItBack) {
       {"block-share:0,0.5,16", BlockShare{0, 0.5, 16}},
       {"block-share:15,0.5,1", BlockShare{15, 0.5, 1}},
       {"block-share:4,0.1,0,8", BlockShare{4, 0.1, 0, 8}},
+      {"block-share:8,0.01,8,4", BlockShare{8, 0.01, 8, 4}},
       {"block-share:0,0.5,0,16", BlockShare{0, 0.5, 0, 16}},
   };
   for (const auto& [text, pattern] : cases) {
@@ -96,7 +97,7 @@ TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
       {"block-share:4,0.2,6", "samples 6 is not a power of two"},
       {"block-share:4,0.1,0,17", "coarse 17 is not in [0, 16]"},
       {"block-share:4,0.1,0,-1", "coarse -1"},
-      {"block-share:4,0.1,8,8", "coarse 8 with samples 8"},
+      {"block-share:4,0.1,8,9", "coarse 9 is not in [0, 8]"},
       {"block-share:4,0", "min_share 0 is not in [1e-30, 1]"},
       {"block-share:4,1e-50", "min_share 1e-50"},
       {"block-share:4,-0.2", "min_share -0.2"},
@@ -118,7 +119,8 @@ TEST(ParseHeadPattern, SurvivesMutatedText) {
                                "block-sparse:100",
                                "block-share:4,0.2",
                                "block-share:4,0.01,8",
-                               "block-share:4,0.1,0,8"};
+                               "block-share:4,0.1,0,8",
+                               "block-share:8,0.01,8,4"};
   for (int i = 0; i < 50000; ++i) {
     std::string text = seeds[random() % std::size(seeds)];
     for (uint32_t edits = random() % 4; edits > 0 && !text.empty(); --edits) {

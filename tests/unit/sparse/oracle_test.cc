@@ -139,9 +139,11 @@ TEST(Oracle, SampledKeysStandForTheirNeighboursAndOwnKeysForThemselves) {
 TEST(Oracle, CoarseBlocksStandForTheMeanAndForWhatIsFarthestFromAllChosen) {
   const std::vector<double> rows = {0, 1, 2,  3, 4, 5, 6, 7, 50,   // means; the ninth is in no coarse block
                                     0, 1, 10, 3, 4, 5, 6, 7, 50};  // outliers
-  EXPECT_EQ(ChooseCoarse(rows, 2, 9, 1, 3), (std::vector<double>{3.5, 10, 0, 7}));
-  EXPECT_EQ(ChooseCoarse(rows, 1, 9, 1, 2), (std::vector<double>{3.5, 0, 7}));  // both 3.5 from the mean
-  EXPECT_TRUE(ChooseCoarse({1, 2, 3, 4, 5, 6, 7}, 1, 7, 1, 3).empty());
+  EXPECT_EQ(ChooseCoarse(rows, 2, 0, 9, 1, 3), (std::vector<double>{3.5, 10, 0, 7}));
+  EXPECT_EQ(ChooseCoarse(rows, 1, 0, 9, 1, 2), (std::vector<double>{3.5, 0, 7}));  // both 3.5 from the mean
+  // Two samples each: the fifth and the thirteenth of all are those of blocks 2 and 6.
+  EXPECT_EQ(ChooseCoarse(rows, 2, 2, 9, 1, 2), (std::vector<double>{2, 6, 10, 0}));
+  EXPECT_TRUE(ChooseCoarse({1, 2, 3, 4, 5, 6, 7}, 1, 0, 7, 1, 3).empty());
 }
 
 TEST(Oracle, TwoLevelsLeaveOutBlocksOfACoarseBlockThatNoRowWants) {
@@ -162,6 +164,23 @@ TEST(Oracle, TwoLevelsLeaveOutBlocksOfACoarseBlockThatNoRowWants) {
   const ShareSelection all_open = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.02, 0, 1});
   EXPECT_NEAR(all_open.shares[18][3], key / (key + 17), 1e-12);
   EXPECT_NEAR(all_open.shares[18][9], 1 / (key + 17), 1e-12);
+}
+
+TEST(Oracle, SamplesStandForTheKeysOfTheirLevelAndOwnKeysCountInBoth) {
+  const int64_t n = 18 * 64 + 1;
+  const std::vector<float> q(n, 1);
+  std::vector<float> k(n, 0);
+  k[18 * 64] = std::log(5.0F);  // the only key of row block 18
+  const auto select = [&](double min_share) {
+    return SelectByShare(q.data(), k.data(), n, 1, 1, {0, min_share, 8, 1});
+  };
+  const ShareSelection open = select(0.2);
+  EXPECT_NEAR(open.coarse_shares[18][1], 64 / (2 * 64 + 5.0),
+              1e-6);  // 8 samples of 64 keys, of which one counts
+  EXPECT_NEAR(open.shares[18][9], 8 / (18 * 8 + 5.0), 1e-6);
+  const ShareSelection closed = select(0.97);
+  EXPECT_EQ(closed.shares[18][9], 0);
+  EXPECT_NEAR(closed.shares[18][16], 8 / (2 * 64 + 5.0), 1e-6);  // more than 2 * 8 + 5
 }
 
 TEST(Oracle, SharesOfTwoLevelsAreOfTheLargerSum) {
