@@ -58,8 +58,8 @@ struct BlockSparse {
 // attention that they leave. A coarse block is kCoarseBlocks key blocks; it is represented by the mean of
 // their means, or by S of their 8 S samples (CoarseSample), and by C of their representatives, each the one
 // that is farthest from all of these before it. Scores of coarse blocks and the softmax over those that lie
-// wholly before the row's block are as for key blocks, own keys included where there are samples, each of
-// which stands for 512 / S keys here. A coarse block is open to a 64-row query block if some row gives it a
+// wholly before the row's block are as for key blocks, own keys included where there are samples; a sample
+// stands for 512 / S keys here. A coarse block is open to a 64-row query block if some row gives it a
 // share of at least kOpenFactor * tau, and so are the key blocks behind the last coarse block that is wholly
 // before. Only blocks that are open have scores, and a share is exp(score) over the larger of the two levels'
 // sums, which run over open blocks and over all coarse blocks.

@@ -190,11 +190,12 @@ def representatives(k, outliers):
 
 def coarse_representatives(of_blocks, samples, count):
     whole = of_blocks[:len(of_blocks) // 8 * 8]
-    rows = whole.reshape(len(whole) // 8, -1, whole.shape[2])
+    coarse, dim = len(whole) // 8, whole.shape[2]
+    rows = whole.view(coarse, 8, -1, dim).transpose(1, 2).reshape(coarse, -1, dim)  # plane after plane
     if samples:
-        chosen = list(whole[:, :samples].reshape(len(rows), 8 * samples, -1)[:, 4::8].unbind(1))
+        chosen = list(whole[:, :samples].reshape(coarse, 8 * samples, dim)[:, 4::8].unbind(1))
     else:
-        chosen = [whole[:, 0].view(len(rows), 8, -1).mean(1)]
+        chosen = [whole[:, 0].reshape(coarse, 8, dim).mean(1)]
     distance = torch.stack([((rows - row[:, None])**2).sum(-1) for row in chosen]).amin(0)
     for _ in range(count):
         chosen.append(rows[torch.arange(len(rows), device=rows.device), distance.argmax(1)])
@@ -219,7 +220,8 @@ def block_share(q, k, scale, outliers, tau, samples=0, coarse=0):
     if samples:
         whole = k[:n // BLOCK * BLOCK].view(-1, BLOCK, k.shape[1])
         fine = torch.cat([whole[:, BLOCK // samples // 2::BLOCK // samples].to(fine.dtype), fine[:, 1:]], 1)
-    above = coarse_representatives(fine, samples, int(coarse)) if coarse else None
+    coarse = int(coarse) if n >= 8 * BLOCK else 0
+    above = coarse_representatives(fine, samples, coarse) if coarse else None
     kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=k.device)
     for first in range(0, n, ROWS):
         end = min(n, first + ROWS)

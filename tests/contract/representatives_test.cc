@@ -95,6 +95,9 @@ TEST_P(RepresentativesTest, OfCoarseBlocksAreTheMeanOrSamplesAndInTurnTheFarthes
                                                            {1, 0, 8},
                                                            {2, 0, 16},
                                                            {5, 0, 4},
+                                                           {1, 1, 1},
+                                                           {16, 1, 15},
+                                                           {3, 2, 14},
                                                            {5, 4, 8},
                                                            {16, 8, 8},
                                                            {12, 4, 12},
@@ -167,6 +170,15 @@ TEST_P(RepresentativesTest, OfRepresentativesAtTheSameDistanceTheLowerPlaneAndBl
     std::copy_n(rows.begin(), dim, want.begin() + (n + 1) * dim);
   }
   EXPECT_EQ(choose(1), want);
+
+  // After a sample, which is of block 4, the axis opposite to it is the farthest, and then all are as far.
+  const std::vector<float> plane(rows.begin(), rows.begin() + kCoarseBlocks * dim);
+  const Buffer out = RepresentCoarse(UploadCompute(plane), 1, kCoarseBlocks, dim, 7, 1);
+  want.clear();
+  for (const int64_t n : {4, 5, 0, 1, 2, 3, 6, 7}) {
+    want.insert(want.end(), rows.begin() + n * dim, rows.begin() + (n + 1) * dim);
+  }
+  EXPECT_EQ(DownloadCompute(out.data(), kCoarseBlocks * dim), want);
 }
 
 TEST_P(RepresentativesTest, NothingToDoIsLegal) {

@@ -490,6 +490,12 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
     });
   }
   expect("num_coarse 4 without", [](ShareSelectionParams& p) { p.num_coarse = 4; });
+  expect("num_coarse 9 is not in [0, 8]", [&](ShareSelectionParams& p) {
+    p.num_samples = p.num_representatives = 8;
+    p.own_k = p.coarse = data.data();
+    p.own_k_row_stride = 64;
+    p.num_coarse = 9;
+  });
   expect("scale 0", [](ShareSelectionParams& p) { p.scale = 0; });
   expect("first 32", [](ShareSelectionParams& p) { p.positions = PositionMap::Contiguous(32); });
   expect("block 96", [](ShareSelectionParams& p) { p.positions = {0, 96, 192}; });

@@ -367,7 +367,8 @@ absl::Status LayerGraphTest::SelectShares(const BlockShare& pattern, std::vector
 
 TEST_F(LayerGraphTest, ShareSelectionAndAttention) {
   for (const BlockShare& pattern :
-       {BlockShare{kOutliers, 0.1, kSamples}, BlockShare{kOutliers, 0.1, kSamples, kCoarse}}) {
+       {BlockShare{kOutliers, 0.1, kSamples}, BlockShare{kOutliers, 0.1, 0, kCoarse},
+        BlockShare{kOutliers, 0.1, kSamples, kCoarse}}) {
     SCOPED_TRACE(ToString(pattern));
     ExpectReplayEqual(out_, [&] { return ShareLayer(pattern); });
     ExpectReplayEqual(pairs_, [&] { return ShareLayer(pattern); });
