@@ -294,11 +294,12 @@ class SharesBench {
   }
 
   // With samples, the scores of the keys of the row block up to the row's own.
-  void AddOwnScores(const RowsOfBlock& rows, int64_t row, std::vector<double>* scores) const {
+  std::vector<double> OwnScores(const RowsOfBlock& rows, int64_t row) const {
+    std::vector<double> scores;
     for (int64_t key = 0; pattern_.samples > 0 && key <= row; ++key) {
-      scores->push_back(scale_ *
-                        Dot<double>(rows.q.data() + row * dim(), rows.k.data() + key * dim(), dim()));
+      scores.push_back(scale_ * Dot<double>(rows.q.data() + row * dim(), rows.k.data() + key * dim(), dim()));
     }
+    return scores;
   }
 
   // log of the sum of exp(score).
@@ -335,8 +336,9 @@ class SharesBench {
         may_be_open.push_back(may_be ? Score(q, level, b) : -INFINITY);
         open.push_back(opens_at(b, open_share * (1 + kShareTolerance)) ? may_be_open[b] : -INFINITY);
       }
-      AddOwnScores(rows, row, &open);
-      AddOwnScores(rows, row, &may_be_open);
+      const std::vector<double> own = OwnScores(rows, row);
+      open.insert(open.end(), own.begin(), own.end());
+      may_be_open.insert(may_be_open.end(), own.begin(), own.end());
       const double least_sum = std::max(of_coarse.log_sums[row], LogSum(open));
       const double most_sum = std::max(of_coarse.log_sums[row], LogSum(may_be_open));
       for (int64_t b = 0; b < num_blocks; ++b) {
@@ -362,7 +364,8 @@ class SharesBench {
       for (int64_t c = 0; c < num_blocks; ++c) {
         scores.push_back(Score(rows.q.data() + row * dim(), level, c));
       }
-      AddOwnScores(rows, row, &scores);
+      const std::vector<double> own = OwnScores(rows, row);
+      scores.insert(scores.end(), own.begin(), own.end());
       shares.log_sums.push_back(LogSum(scores));
       for (int64_t c = 0; c < num_blocks; ++c) {
         shares.largest[c] = std::max(shares.largest[c], std::exp(scores[c] - shares.log_sums[row]));

@@ -114,6 +114,13 @@ class ShareFixture : public BackendTest {
     int64_t outliers = 0, samples = 0, coarse = 0;
     int64_t num_representatives() const { return NumRepresentatives(samples, outliers); }
   };
+  // Nothing with one level.
+  Buffer RepresentCoarse(const Buffer& representatives, const Kind& kind, int64_t num_key_blocks,
+                         int64_t dim) {
+    if (kind.coarse == 0) return {};
+    return RepresentCoarse(representatives, kind.num_representatives(), num_key_blocks, dim, kind.coarse,
+                           kind.samples);
+  }
   // Blocks that shares decide, beyond rounding.
   struct Decisions {
     int64_t kept = 0, dropped = 0;
@@ -159,9 +166,8 @@ class ShareFixture : public BackendTest {
                                        .count = num_representatives,
                                        .num_samples = kind.samples,
                                        .num_coarse = kind.coarse};
-    Buffer coarse;
+    const Buffer coarse = RepresentCoarse(representatives, kind, blocks, dim);
     if (kind.coarse > 0) {
-      coarse = RepresentCoarse(representatives, num_representatives, blocks, dim, kind.coarse, kind.samples);
       const std::vector<float> rows = DownloadCompute(
           coarse.data(), NumRepresentatives(kind.samples, kind.coarse) * (blocks / kCoarseBlocks) * dim);
       in_fp64.coarse = {rows.begin(), rows.end()};

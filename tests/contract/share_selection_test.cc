@@ -163,10 +163,7 @@ TEST_P(ShareSelectionTest, TheLeastShareDoesNotDependOnWhatElseIsInTheCall) {
        {Kind{.outliers = 4}, {.outliers = 4, .coarse = 8}, {.outliers = 4, .samples = 4, .coarse = 8}}) {
     const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
     const int64_t num_representatives = kind.num_representatives();
-    Buffer coarse;
-    if (kind.coarse > 0) {
-      coarse = RepresentCoarse(representatives, num_representatives, blocks, dim, kind.coarse, kind.samples);
-    }
+    const Buffer coarse = RepresentCoarse(representatives, kind, blocks, dim);
     const std::string what =
         testing::PrintToString(std::vector<int64_t>{kind.samples, kind.coarse}) + " samples, coarse";
     const auto keeps = [&](int64_t begin, int64_t end, int64_t block, float min_share) {
@@ -249,11 +246,7 @@ TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
                                                  : NormalFloats(heads * tokens * dim, 24, 2.0F);
     const std::vector<float> k = NormalFloats(tokens * dim, 25);
     const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
-    Buffer coarse;
-    if (kind.coarse > 0) {
-      coarse = RepresentCoarse(representatives, kind.num_representatives(), blocks, dim, kind.coarse,
-                               kind.samples);
-    }
+    const Buffer coarse = RepresentCoarse(representatives, kind, blocks, dim);
     Case whole = {.rows = tokens,
                   .dim = dim,
                   .num_representatives = kind.num_representatives(),

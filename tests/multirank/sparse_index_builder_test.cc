@@ -223,12 +223,14 @@ TEST_P(DistributedIndex, SamplesOfEveryKvHeadAreTheSameOnEveryMesh) {
 TEST_P(DistributedIndex, TwoLevelsOfSharesAreTheSameOnEveryMesh) {
   const std::vector<HeadPattern> patterns{BlockShare{2, 0.05},       BlockShare{2, 0.05, 0, 4},
                                           BlockShare{2, 0.2, 0, 4},  BlockShare{2, 0.2, 0, 8},
-                                          BlockShare{0, 0.5, 0, 16}, BlockShare{4, 0.3, 8, 4}};
+                                          BlockShare{0, 0.5, 0, 16}, BlockShare{4, 0.9, 0, 1},
+                                          BlockShare{4, 0.3, 8, 4},  BlockShare{4, 0.3, 8, 1}};
+  const int64_t heads = std::ssize(patterns);
   for (const int64_t num_tokens : {65, 511, 700, 1337, 3000}) {
-    Prompt prompt(MakeGeometry(6, 3), num_tokens, 90);
+    Prompt prompt(MakeGeometry(heads, heads / 2), num_tokens, 90);
     // Rows of a row block ask for the same, so that coarse blocks are closed to them.
     const int64_t dim = prompt.geometry.head_dim;
-    for (int64_t row = 0; row < 6 * num_tokens; ++row) {
+    for (int64_t row = 0; row < heads * num_tokens; ++row) {
       const int64_t first = row / num_tokens * num_tokens + row % num_tokens / kRowBlock * kRowBlock;
       if (row != first) std::copy_n(prompt.q.begin() + first * dim, dim, prompt.q.begin() + row * dim);
     }
