@@ -33,8 +33,9 @@ struct Widen {
     return BlockSparse{blocks.num_blocks * factor};
   }
   HeadPattern operator()(const BlockShare& share) const {
-    return BlockShare{share.outliers, std::max(kLeastShare, share.min_share / static_cast<double>(factor)),
-                      share.samples, share.coarse};
+    BlockShare widened = share;
+    widened.min_share = std::max(kLeastShare, share.min_share / static_cast<double>(factor));
+    return widened;
   }
 };
 

@@ -33,11 +33,13 @@ ShareSelector::ShareSelector(const KernelSet& kernels, const ShardPlan& plan,
     if (shares == nullptr) continue;
     const int64_t kv_head = static_cast<int64_t>(h) / geometry.q_per_kv();
     if (groups_.empty() || groups_.back().kv_head != kv_head || groups_.back().outliers != shares->outliers ||
-        groups_.back().samples != shares->samples || groups_.back().coarse != shares->coarse) {
+        groups_.back().samples != shares->samples || groups_.back().coarse != shares->coarse ||
+        groups_.back().fp8 != shares->fp8) {
       groups_.push_back({.kv_head = kv_head,
                          .outliers = shares->outliers,
                          .samples = shares->samples,
                          .coarse = shares->coarse,
+                         .fp8 = shares->fp8,
                          .first_place = num_heads_});
     }
     groups_.back().heads.push_back(static_cast<int32_t>(h));
@@ -71,6 +73,16 @@ int64_t ShareSelector::MostCoarse() const {
   int64_t most = 0;
   for (const Group& group : groups_) most = std::max(most, group.coarse);
   return most;
+}
+
+int64_t ShareSelector::MostSamples() const {
+  int64_t most = 0;
+  for (const Group& group : groups_) most = std::max(most, group.samples);
+  return most;
+}
+
+bool ShareSelector::AnyFp8() const {
+  return std::any_of(groups_.begin(), groups_.end(), [](const Group& group) { return group.fp8; });
 }
 
 int64_t ShareSelector::MostCoarseRows() const {
@@ -109,7 +121,9 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
                                                        .num_representatives = representatives,
                                                        .num_key_blocks = num_key_blocks_,
                                                        .head_dim = geometry_.head_dim,
-                                                       .num_coarse = MostCoarse()}),
+                                                       .num_coarse = MostCoarse(),
+                                                       .num_samples = MostSamples(),
+                                                       .fp8 = AnyFp8()}),
                 kernels_.BuildBlockListsWorkspaceBytes(HeadsAtOnce(), RowBlocksAtOnce()),
                 kernels_.CountPairsWorkspaceBytes(1, plan_.num_tokens())});
   at.workspace = pieces.Add(at.workspace_bytes);
@@ -239,6 +253,7 @@ class ShareSelector::Selection {
     params.num_key_blocks = selector_.num_key_blocks_;
     params.coarse = Piece<void>(at_.coarse);
     params.num_coarse = part.group.coarse;
+    params.fp8 = part.group.fp8;
     params.head_dim = selector_.geometry_.head_dim;
     params.scale = selector_.geometry_.scale;
     params.min_share = std::span(part.group.min_share).subspan(part.first_head, part.num_heads);

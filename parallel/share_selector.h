@@ -39,10 +39,11 @@ class ShareSelector {
  private:
   class Selection;
 
-  // Heads that read the same representatives, ascending.
+  // Heads that read the same representatives in the same precision, ascending.
   struct Group {
     int64_t kv_head = 0;
     int64_t outliers = 0, samples = 0, coarse = 0;
+    bool fp8 = false;
     int64_t num_representatives() const { return NumRepresentatives(samples, outliers); }
     int64_t first_place = 0;     // of its first head among the block-share heads
     std::vector<int32_t> heads;  // query heads
@@ -62,6 +63,8 @@ class ShareSelector {
   int64_t RowBlocksAtOnce() const;  // of the prompt, for each of these heads
   int64_t MostRepresentatives() const;
   int64_t MostCoarse() const;
+  int64_t MostSamples() const;
+  bool AnyFp8() const;
   int64_t MostCoarseRows() const;                    // that represent a coarse block
   int64_t OwnRowBlocks(int64_t local_tokens) const;  // at most, of those
 

@@ -14,6 +14,7 @@
 #include "deploy/cli/attention_rows.h"
 #include "deploy/cli/bench.h"
 #include "deploy/cli/bench_timing.h"
+#include "kernels/cpu/e4m3.h"
 #include "kernels/sparse/coverage.h"
 #include "parallel/communicator.h"
 #include "parallel/sparse_index_builder.h"
@@ -24,6 +25,9 @@ namespace {
 
 constexpr int64_t kCheckedRowBlocks = 4;
 constexpr double kShareTolerance = 0.01;  // relative; the contract suite holds the bits to a tighter bound
+// On a GPU: tensor cores of sm_90 add products of fp8 with about 13 bits, and an error of a score is one of
+// the logarithm of a share.
+constexpr double kFp8ShareTolerance = 0.05;
 
 struct BenchOptions : SelectionBenchOptions {
   std::string attention = "block-share:4,0.1";
@@ -100,8 +104,14 @@ class SharesBench {
     LF_ASSIGN_OR_RETURN(num_entries_, allocate(8, "the number of entries"));
     LF_ASSIGN_OR_RETURN(
         workspace_,
-        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes({group_, num_tokens_, num_representatives(),
-                                                                 num_key_blocks_, dim(), pattern_.coarse}),
+        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes({.num_heads = group_,
+                                                                 .num_rows = num_tokens_,
+                                                                 .num_representatives = num_representatives(),
+                                                                 .num_key_blocks = num_key_blocks_,
+                                                                 .head_dim = dim(),
+                                                                 .num_coarse = pattern_.coarse,
+                                                                 .num_samples = pattern_.samples,
+                                                                 .fp8 = pattern_.fp8}),
                           kernels_.BuildBlockListsWorkspaceBytes(group_, num_row_blocks_)),
                  "the workspace of selection"));
     return absl::OkStatus();
@@ -171,6 +181,7 @@ class SharesBench {
                                    .num_key_blocks = num_key_blocks_,
                                    .coarse = coarse_.data(),
                                    .num_coarse = pattern_.coarse,
+                                   .fp8 = pattern_.fp8,
                                    .head_dim = dim(),
                                    .scale = scale_,
                                    .min_share = min_share_,
@@ -226,34 +237,51 @@ class SharesBench {
     return values;
   }
 
+  double Tolerance() const {
+    return pattern_.fp8 && kernels_.device() == DeviceKind::kCuda ? kFp8ShareTolerance : kShareTolerance;
+  }
+
+  // With fp8, rounds each block of rows [num_rows, num_blocks, dim] by itself.
+  void RoundBlocks(int64_t num_rows, int64_t num_blocks, std::vector<float>* rows) const {
+    for (int64_t b = 0; pattern_.fp8 && b < num_blocks; ++b) {
+      float* const first = rows->data() + b * dim();
+      const int64_t stride = num_blocks * dim();
+      RoundToE4m3({first, stride, first, stride, num_rows, dim()});
+    }
+  }
+
   // A few row blocks of the last query head of the first KV head, against shares in fp64 of the device's
   // representatives. Returns how many pairs of a row block and a key block were decided.
   absl::StatusOr<int64_t> Check() {
     LF_ASSIGN_OR_RETURN(
-        const std::vector<float> representatives,
+        std::vector<float> representatives,
         DownloadRows(representatives_.data(), num_representatives() * num_key_blocks_ * dim()));
-    LF_ASSIGN_OR_RETURN(const std::vector<float> coarse,
+    LF_ASSIGN_OR_RETURN(std::vector<float> coarse,
                         DownloadRows(coarse_.data(), num_coarse_rows() * num_coarse_blocks() * dim()));
+    RoundBlocks(num_representatives(), num_key_blocks_, &representatives);
+    RoundBlocks(num_coarse_rows(), num_coarse_blocks(), &coarse);
     int64_t decided = 0;
     for (int64_t i = 1; i <= kCheckedRowBlocks; ++i) {
       const int64_t m = std::max<int64_t>(0, num_row_blocks_ * i / kCheckedRowBlocks - 1);
       const int64_t first_row = m * kRowBlock;
       const int64_t num_rows = std::min(kRowBlock, num_tokens_ - first_row);
       const int64_t head = group_ - 1;
-      LF_ASSIGN_OR_RETURN(const std::vector<float> q,
+      LF_ASSIGN_OR_RETURN(std::vector<float> q,
                           DownloadRows(Advance(q_.data(), (head * num_tokens_ + first_row) * dim(), dtype_),
                                        num_rows * dim()));
       std::vector<uint64_t> bits(static_cast<size_t>(words_));
       LF_RETURN_IF_ERROR(kernels_.CopyOut(
           bits.data(), bits_.as<uint64_t>() + (head * num_row_blocks_ + m) * words_, words_ * 8, stream_));
       LF_RETURN_IF_ERROR(stream_.Sync());
-      LF_ASSIGN_OR_RETURN(const std::vector<float> own_k,
+      LF_ASSIGN_OR_RETURN(std::vector<float> own_k,
                           DownloadRows(Advance(k_.data(), first_row * dim(), dtype_), num_rows * dim()));
+      RoundBlocks(1, num_rows, &q);
+      RoundBlocks(num_rows, 1, &own_k);
       const Bounds shares = LargestShares({q, own_k, num_rows}, m, representatives, coarse);
       for (int64_t b = 1; b + kForcedNearestBlocks <= m; ++b) {
         const bool kept = (bits[b / 64] >> (b % 64) & 1) != 0;
-        const bool must = shares.least[b] > pattern_.min_share * (1 + kShareTolerance);
-        const bool may = shares.most[b] > pattern_.min_share * (1 - kShareTolerance);
+        const bool must = shares.least[b] > pattern_.min_share * (1 + Tolerance());
+        const bool may = shares.most[b] > pattern_.min_share * (1 - Tolerance());
         if (must != may) continue;
         if (kept != must) {
           return absl::InternalError(absl::StrCat("row block ", m, kept ? " keeps" : " drops", " key block ",
@@ -332,9 +360,9 @@ class SharesBench {
       const float* q = rows.q.data() + row * dim();
       std::vector<double> open, may_be_open;  // scores, of others -infinity
       for (int64_t b = 0; b < num_blocks; ++b) {
-        const bool may_be = opens_at(b, open_share * (1 - kShareTolerance));
+        const bool may_be = opens_at(b, open_share * (1 - Tolerance()));
         may_be_open.push_back(may_be ? Score(q, level, b) : -INFINITY);
-        open.push_back(opens_at(b, open_share * (1 + kShareTolerance)) ? may_be_open[b] : -INFINITY);
+        open.push_back(opens_at(b, open_share * (1 + Tolerance())) ? may_be_open[b] : -INFINITY);
       }
       const std::vector<double> own = OwnScores(rows, row);
       open.insert(open.end(), own.begin(), own.end());
@@ -420,7 +448,7 @@ absl::StatusOr<BlockShare> PatternOf(const BenchOptions& options) {
   LF_ASSIGN_OR_RETURN(const HeadPattern pattern, ParseHeadPattern(options.attention));
   if (const auto* shares = std::get_if<BlockShare>(&pattern)) return *shares;
   return absl::InvalidArgumentError(
-      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU[,S[,C]]"));
+      absl::StrCat("--attention ", options.attention, " is not block-share:R,TAU[,S[,C]][,fp8]"));
 }
 
 absl::Status Measure(const BenchOptions& options, const StopSignals& signals) {
@@ -461,7 +489,7 @@ Command AddBenchShares(CLI::App& bench) {
   auto options = std::make_shared<BenchOptions>();
   AddSelectionBenchOptions(*app, *options);
   app->add_option("--attention", options->attention, "of every head (default: block-share:4,0.1)")
-      ->type_name("block-share:R,TAU[,S[,C]]");
+      ->type_name("block-share:R,TAU[,S[,C]][,fp8]");
   app->add_option(
          "--q-stddev", options->q_stddev,
          "of the queries' elements, those of keys have 1: the standard deviation of scores (default: 2)")

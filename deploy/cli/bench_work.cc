@@ -51,7 +51,7 @@ void AddBenchWorkOptions(CLI::App& app, BenchWorkOptions& options, ModelOptions&
           ->type_name("FILE|DIR");
   app.add_option("--attention", options.attention,
                  "dense (default), a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or "
-                 "block-share:R,TAU[,S[,C]] for all heads")
+                 "block-share:R,TAU[,S[,C]][,fp8] for all heads")
       ->type_name("SPEC")
       ->excludes(patterns);
   app.add_option("--coverage", options.coverage, "tiles (default) or parity")

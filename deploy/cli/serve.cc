@@ -197,8 +197,8 @@ Command AddServeCommand(CLI::App& program) {
   app->add_option(
          "--attention", options->attention,
          "what requests get that ask for 'auto': dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S;\n"
-         "block-sparse:K; block-share:R,TAU[,S[,C]]; a pattern file; or auto (default), see --dense-below\n"
-         "and --patterns")
+         "block-sparse:K; block-share:R,TAU[,S[,C]][,fp8]; a pattern file; or auto (default), see\n"
+         "--dense-below and --patterns")
       ->type_name("SPEC");
   AddDeviceOption(*app, options->model);
   AddThreadsOption(*app, options->model);

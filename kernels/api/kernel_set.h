@@ -399,6 +399,7 @@ struct ShareSelectionParams {
   // compute dtype.
   const void* coarse = nullptr;
   int64_t num_coarse = 0;  // 0: one level
+  bool fp8 = false;        // queries, representatives and own keys are rounded to E4M3 first
   int64_t head_dim = 0;
   float scale = 0;                   // multiplies q k, above 0
   std::span<const float> min_share;  // [num_heads], each in (0, 1]
@@ -416,6 +417,8 @@ struct ShareSelectionBounds {
   int64_t num_key_blocks = 0;
   int64_t head_dim = 0;
   int64_t num_coarse = 0;
+  int64_t num_samples = 0;
+  bool fp8 = false;
 };
 
 // Bits of row blocks to lists of key blocks, head after head in one array: they follow the entries of earlier

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cpu/e4m3.h"
 #include "kernels/cpu/share_selection_simd.h"
 #include "kernels/cpu/workspace.h"
 #include "kernels/sparse/position_check.h"
@@ -123,6 +124,74 @@ absl::Status CheckSelection(const ShareSelectionParams& params) {
   return CheckShares("share selection", params.scale, params.min_share, params.num_heads);
 }
 
+int64_t NumCoarseRows(const ShareSelectionBounds& bounds) {
+  if (bounds.num_coarse == 0) return 0;
+  return NumRepresentatives(bounds.num_samples, bounds.num_coarse) * (bounds.num_key_blocks / kCoarseBlocks);
+}
+
+// Of the copies that RoundKeys makes.
+int64_t RoundedBytes(const ShareSelectionBounds& bounds) {
+  if (!bounds.fp8) return 0;
+  const int64_t own_rows = bounds.num_samples == 0 ? 0 : bounds.num_rows;
+  return (bounds.num_representatives * bounds.num_key_blocks + NumCoarseRows(bounds) + own_rows) *
+         bounds.head_dim * static_cast<int64_t>(sizeof(float));
+}
+
+// Rounds what represents each of `num_blocks` blocks; blocks lie side by side in each plane.
+void RoundLevel(const RowsToRound& first_block, int64_t num_blocks, ThreadPool& pool) {
+  pool.ParallelFor(num_blocks, [&](int64_t block, int) {
+    RowsToRound rows = first_block;
+    rows.from += block * rows.width;
+    rows.to += block * rows.width;
+    RoundToE4m3(rows);
+  });
+}
+
+// The parameters with keys and what represents them rounded to E4M3, in RoundedBytes at `to`. Queries are
+// rounded when they are packed.
+ShareSelectionParams RoundKeys(const ShareSelectionParams& params, const ShareSelectionBounds& bounds,
+                               float* to, ThreadPool& pool) {
+  const int64_t head_dim = params.head_dim;
+  const int64_t plane = params.num_key_blocks * head_dim;
+  const int64_t coarse_plane = params.num_key_blocks / kCoarseBlocks * head_dim;
+  const int64_t last = params.positions.Position(params.num_rows - 1) / kRowBlock;  // none from there on
+  float* const coarse = to + params.num_representatives * plane;
+  float* const own = coarse + NumCoarseRows(bounds) * head_dim;
+  ShareSelectionParams rounded = params;
+  RoundLevel({.from = static_cast<const float*>(params.representatives),
+              .from_stride = plane,
+              .to = to,
+              .to_stride = plane,
+              .num_rows = params.num_representatives,
+              .width = head_dim},
+             last, pool);
+  rounded.representatives = to;
+  if (params.num_coarse > 0) {
+    RoundLevel({.from = static_cast<const float*>(params.coarse),
+                .from_stride = coarse_plane,
+                .to = coarse,
+                .to_stride = coarse_plane,
+                .num_rows = NumRepresentatives(params.num_samples, params.num_coarse),
+                .width = head_dim},
+               last / kCoarseBlocks, pool);
+    rounded.coarse = coarse;
+  }
+  if (params.num_samples > 0) {
+    pool.ParallelFor(RowBlocksOf(params.num_rows), [&](int64_t block, int) {
+      const int64_t first_row = block * kRowBlock;
+      RoundToE4m3({.from = static_cast<const float*>(params.own_k) + first_row * params.own_k_row_stride,
+                   .from_stride = params.own_k_row_stride,
+                   .to = own + first_row * head_dim,
+                   .to_stride = head_dim,
+                   .num_rows = std::min(kRowBlock, params.num_rows - first_row),
+                   .width = head_dim});
+    });
+    rounded.own_k = own;
+    rounded.own_k_row_stride = head_dim;
+  }
+  return rounded;
+}
+
 // What represents the blocks of a level: key blocks or coarse blocks.
 struct Level {
   const void* representatives = nullptr;  // [of_block.num, num_blocks, head_dim]
@@ -135,8 +204,8 @@ struct Level {
 class ShareSelectionTask {
  public:
   static int64_t ScratchBytes(const ShareSelectionBounds& bounds) {
-    const int64_t lines = bounds.head_dim + bounds.num_key_blocks + kBlocksAtOnce * MostRowsOfBlock(bounds) +
-                          kRowBlock + 6;  // of kTileLanes floats
+    const int64_t lines = RoundedLines(bounds) + bounds.head_dim + bounds.num_key_blocks +
+                          kBlocksAtOnce * MostRowsOfBlock(bounds) + kRowBlock + 6;  // of kTileLanes floats
     return lines * kTileLanes * static_cast<int64_t>(sizeof(float)) +
            kBlocksAtOnce * MostRowsOfBlock(bounds) * static_cast<int64_t>(sizeof(const float*)) +
            WordsOf(bounds.num_key_blocks) * static_cast<int64_t>(sizeof(uint64_t)) +
@@ -155,7 +224,8 @@ class ShareSelectionTask {
                {.num = NumRepresentatives(params.num_samples, params.num_coarse),
                 .num_samples = params.num_samples,
                 .sample_bonus = SampleBonus(kCoarseBlocks * kRowBlock)}};
-    packed_ = reinterpret_cast<float*>(scratch);
+    rounded_ = reinterpret_cast<float*>(scratch);
+    packed_ = rounded_ + RoundedLines(bounds) * kTileLanes;
     scores_ = packed_ + params.head_dim * kTileLanes;
     products_ = scores_ + params.num_key_blocks * kTileLanes;
     row_max_ = products_ + kBlocksAtOnce * MostRowsOfBlock(bounds) * kTileLanes;
@@ -203,6 +273,10 @@ class ShareSelectionTask {
 
  private:
   static int64_t WordsOf(int64_t num_bits) { return (num_bits + 63) / 64; }
+  static int64_t RoundedLines(const ShareSelectionBounds& bounds) {
+    static_assert(kTileLanes == kRowBlock);
+    return bounds.fp8 ? bounds.head_dim : 0;
+  }
   // Samples are among the representatives.
   static int64_t MostRowsOfBlock(const ShareSelectionBounds& bounds) {
     return bounds.num_representatives + bounds.num_coarse;
@@ -220,10 +294,20 @@ class ShareSelectionTask {
     const auto factor = static_cast<float>(params_.scale * kLog2E);
     const float* q = static_cast<const float*>(params_.q.data) + head * params_.q.head_stride +
                      first_row * params_.q.row_stride;
+    int64_t row_stride = params_.q.row_stride;
+    if (params_.fp8) {
+      RoundToE4m3({.from = q,
+                   .from_stride = row_stride,
+                   .to = rounded_,
+                   .to_stride = params_.head_dim,
+                   .num_rows = num_rows,
+                   .width = params_.head_dim});
+      q = rounded_;
+      row_stride = params_.head_dim;
+    }
     for (int64_t i = 0; i < params_.head_dim; ++i) {
       float* const lanes = packed_ + i * kTileLanes;
-      for (int64_t lane = 0; lane < num_rows; ++lane)
-        lanes[lane] = q[lane * params_.q.row_stride + i] * factor;
+      for (int64_t lane = 0; lane < num_rows; ++lane) lanes[lane] = q[lane * row_stride + i] * factor;
       std::fill(lanes + num_rows, lanes + kTileLanes, 0.0F);
     }
   }
@@ -309,6 +393,7 @@ class ShareSelectionTask {
 
   const ShareSelectionParams& params_;
   Level fine_, coarse_;
+  float* rounded_;   // [kRowBlock, head_dim]: queries in E4M3, with fp8
   float* packed_;    // [head_dim, kTileLanes]
   float* scores_;    // [num_key_blocks, kTileLanes]
   float* products_;  // [kBlocksAtOnce * rows that represent a block, kTileLanes]
@@ -363,7 +448,8 @@ absl::Status CpuCoarseRepresentatives(const CoarseRepresentativesParams& params,
 
 int64_t CpuShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds, int num_threads) {
   return PartsBytes(NumShares(bounds.num_heads * RowBlocksOf(bounds.num_rows), num_threads),
-                    ShareSelectionTask::ScratchBytes(bounds));
+                    ShareSelectionTask::ScratchBytes(bounds)) +
+         RoundedBytes(bounds);
 }
 
 absl::Status CpuSelectByShare(const ShareSelectionParams& params, Workspace workspace, ThreadPool& pool) {
@@ -371,17 +457,27 @@ absl::Status CpuSelectByShare(const ShareSelectionParams& params, Workspace work
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "num_rows", params.num_rows, 0));
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(CheckSelection(params));
-  const ShareSelectionBounds bounds = {params.num_heads,      params.num_rows, params.num_representatives,
-                                       params.num_key_blocks, params.head_dim, params.num_coarse};
+  const ShareSelectionBounds bounds = {.num_heads = params.num_heads,
+                                       .num_rows = params.num_rows,
+                                       .num_representatives = params.num_representatives,
+                                       .num_key_blocks = params.num_key_blocks,
+                                       .head_dim = params.head_dim,
+                                       .num_coarse = params.num_coarse,
+                                       .num_samples = params.num_samples,
+                                       .fp8 = params.fp8};
   LF_RETURN_IF_ERROR(CheckWorkspace("share selection", workspace,
                                     CpuShareSelectionWorkspaceBytes(bounds, pool.num_threads())));
   const int64_t row_blocks = RowBlocksOf(params.num_rows);
   const int64_t tasks = params.num_heads * row_blocks;
   const int64_t shares = NumShares(tasks, pool.num_threads());
   const int64_t part_bytes = ShareSelectionTask::ScratchBytes(bounds);
+  const ShareSelectionParams read =
+      params.fp8
+          ? RoundKeys(params, bounds, reinterpret_cast<float*>(PartOf(workspace, shares, part_bytes)), pool)
+          : params;
   // A share of the tasks for each piece of scratch, dealt so that long and short rows mix.
   pool.ParallelFor(shares, [&](int64_t share, int) {
-    ShareSelectionTask task(params, bounds, PartOf(workspace, share, part_bytes));
+    ShareSelectionTask task(read, bounds, PartOf(workspace, share, part_bytes));
     for (int64_t i = share; i < tasks; i += shares) task.Run(i / row_blocks, i % row_blocks);
   });
   return absl::OkStatus();

@@ -169,7 +169,7 @@ class CudaKernelSet final : public KernelSet {
               [&](cudaStream_t cuda) { return CudaCoarseRepresentatives(params, compute_dtype_, cuda); });
   }
   int64_t ShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) const override {
-    return CudaShareSelectionWorkspaceBytes(bounds);
+    return CudaShareSelectionWorkspaceBytes(bounds, limits_);
   }
   absl::Status SelectByShare(const ShareSelectionParams& params, Workspace workspace,
                              Stream& stream) override {

@@ -14,7 +14,10 @@ namespace longfill {
 namespace {
 
 constexpr std::string_view kForms =
-    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or block-share:R,TAU[,S[,C]]";
+    "expected dense, a-shape:N_INIT,N_LOCAL, vertical-slash:V,S, block-sparse:K or "
+    "block-share:R,TAU[,S[,C]][,fp8]";
+
+constexpr std::string_view kFp8 = ",fp8";
 
 // Positions are int32 everywhere, so no budget can mean more.
 constexpr int64_t kMaxBudget = std::numeric_limits<int32_t>::max();
@@ -83,8 +86,11 @@ bool ParseDecimal(std::string_view text, double* value) {
   return error == std::errc() && after == text.data() + text.size();
 }
 
-// "R,TAU", "R,TAU,S" or "R,TAU,S,C". A 0 at the end is not written, so that a pattern has one form.
+// "R,TAU", "R,TAU,S" or "R,TAU,S,C", each also with ",fp8" behind it. A 0 at the end of the numbers is not
+// written, so that a pattern has one form.
 bool ParseBlockShare(std::string_view text, BlockShare* pattern) {
+  pattern->fp8 = text.ends_with(kFp8);
+  if (pattern->fp8) text.remove_suffix(kFp8.size());
   const size_t comma = text.find(',');
   if (comma == std::string_view::npos ||
       !ParseIntegers(text.substr(0, comma), std::span(&pattern->outliers, 1))) {
@@ -151,9 +157,11 @@ std::string ToString(const HeadPattern& pattern) {
     }
     std::string operator()(const BlockSparse& p) const { return absl::StrCat("block-sparse:", p.num_blocks); }
     std::string operator()(const BlockShare& p) const {
-      const std::string text = absl::StrCat("block-share:", p.outliers, ",", ShortestDecimal(p.min_share));
-      if (p.coarse != 0) return absl::StrCat(text, ",", p.samples, ",", p.coarse);
-      return p.samples == 0 ? text : absl::StrCat(text, ",", p.samples);
+      std::string text = absl::StrCat("block-share:", p.outliers, ",", ShortestDecimal(p.min_share));
+      if (p.samples != 0 || p.coarse != 0) absl::StrAppend(&text, ",", p.samples);
+      if (p.coarse != 0) absl::StrAppend(&text, ",", p.coarse);
+      if (p.fp8) text += kFp8;
+      return text;
     }
   };
   return std::visit(Writer(), pattern);

@@ -63,11 +63,17 @@ struct BlockSparse {
 // share of at least kOpenFactor * tau, and so are the key blocks behind the last coarse block that is wholly
 // before. Only blocks that are open have scores, and a share is exp(score) over the larger of the two levels'
 // sums, which run over open blocks and over all coarse blocks.
+//
+// With `fp8` both factors of every product of queries and keys are rounded to 8 bits first, E4M3 of the OCP
+// specification (sign, 4 bits of exponent, 3 of mantissa; to nearest even, subnormals kept). A power of two
+// brings the largest element into [128, 256) before, and is taken out of the product: one for the queries of
+// a row block, one for what represents a block, one for the keys of a row block.
 struct BlockShare {
   int64_t outliers = 0;
   double min_share = 0;
   int64_t samples = 0;  // 0: the mean; else a power of two
   int64_t coarse = 0;   // 0: one level
+  bool fp8 = false;     // scores
   friend bool operator==(const BlockShare&, const BlockShare&) = default;
 };
 // Together with samples: more than a quarter of a block is as dear as attention itself.
@@ -106,7 +112,8 @@ absl::Status Validate(const HeadPattern& pattern);
 HeadPattern BoundByWindow(const HeadPattern& pattern, int64_t window, int64_t num_tokens);
 
 // "dense", "a-shape:N_INIT,N_LOCAL", "vertical-slash:V,S", "block-sparse:K", "block-share:R,TAU",
-// "block-share:R,TAU,S" or "block-share:R,TAU,S,C" (TAU a decimal number); the result has passed Validate.
+// "block-share:R,TAU,S" or "block-share:R,TAU,S,C" (TAU a decimal number), these of block-share also with
+// ",fp8" behind them; the result has passed Validate.
 absl::StatusOr<HeadPattern> ParseHeadPattern(std::string_view text);
 std::string ToString(const HeadPattern& pattern);  // inverse of ParseHeadPattern
 

@@ -34,7 +34,9 @@ struct Scaler {
     // Four digits: the text form of a pattern file stays short.
     constexpr double kDigits = 1e4;
     const double share = std::round(base.min_share / scale * kDigits) / kDigits;
-    return BlockShare{base.outliers, std::clamp(share, 1 / kDigits, 1.0), base.samples, base.coarse};
+    BlockShare scaled = base;
+    scaled.min_share = std::clamp(share, 1 / kDigits, 1.0);
+    return scaled;
   }
 };
 

@@ -15,7 +15,8 @@ SPEC, each as published, from its definition:
   flash-prefill:ALPHA          FlashPrefill (arXiv 2603.06199): 128 x 128 blocks by the summed weight of mean keys, against the largest
   xattention:STRIDE,THRESHOLD  XAttention (arXiv 2503.16428): 128 x 128 blocks by antidiagonal sums, up to a share of the weight
   flex-prefill:GAMMA           FlexPrefill (arXiv 2502.20766): for each head block-sparse or vertical-slash, up to a share of the weight
-  block-share:R,TAU[,S[,C]]    ours (kernels/sparse/head_pattern.h)
+  block-share:R,TAU[,S[,C]][,fp8]
+                               ours (kernels/sparse/head_pattern.h)
 """
 
 import argparse
@@ -120,12 +121,13 @@ def flash_prefill(q, k, scale, alpha):
     blocks = len(means)
     energy = torch.zeros(blocks, blocks, device=k.device)
     ends = torch.arange(1, blocks + 1, device=k.device) * block - 1
-    for r in range(blocks):
-        rows = torch.arange(r * block, min(n, (r + 1) * block), device=k.device)
-        scores = (q[rows] @ means[:r + 1].T).float() * scale
-        scores.masked_fill_(ends[:r + 1] > rows[:, None], -math.inf)
-        if scores.max() > -math.inf:
-            energy[r, :r + 1] = (scores - scores.max()).exp().sum(0)
+    for first in range(0, n, ROWS):
+        rows = torch.arange(first, min(n, first + ROWS), device=k.device)
+        scores = (q[rows] @ means.T).float() * scale
+        scores.masked_fill_(ends > rows[:, None], -math.inf)
+        of_block = F.pad(scores, (0, 0, 0, -len(rows) % block), value=-math.inf).view(-1, block, blocks)
+        largest = of_block.amax((1, 2), keepdim=True).clamp(min=-1e30)  # rows that see no whole block have none
+        energy[first // block:first // block + len(of_block)] = (of_block - largest).exp().sum(1)
     kept = energy >= alpha * energy.max(1, keepdim=True).values
     kept[:, :2] = True
     for near in range(4):
@@ -212,7 +214,16 @@ def scores_of(q, rows, scale, visible, samples, keys):
     return scores.masked_fill_(torch.arange(len(rows), device=q.device) >= visible[:, None], -math.inf)
 
 
-def block_share(q, k, scale, outliers, tau, samples=0, coarse=0):
+def to_e4m3(x, dims):
+    """Rounded to E4M3, as float: elements along dims share the power of two that brings the largest into [128, 256)."""
+    x = x.float()
+    exponent = 8 - torch.frexp(x.abs().amax(dims, keepdim=True)).exponent
+    scaled = torch.ldexp(x, exponent)
+    spacing = (torch.frexp(scaled).exponent - 1).clamp(min=-6) - 3
+    return torch.ldexp(torch.ldexp(torch.ldexp(scaled, -spacing).round(), spacing), -exponent)
+
+
+def block_share(q, k, scale, outliers, tau, samples=0, coarse=0, fp8=False):
     n = len(k)
     blocks = -(-n // BLOCK)
     outliers, samples = int(outliers), int(samples)
@@ -222,6 +233,10 @@ def block_share(q, k, scale, outliers, tau, samples=0, coarse=0):
         fine = torch.cat([whole[:, BLOCK // samples // 2::BLOCK // samples].to(fine.dtype), fine[:, 1:]], 1)
     coarse = int(coarse) if n >= 8 * BLOCK else 0
     above = coarse_representatives(fine, samples, coarse) if coarse else None
+    if fp8:
+        fine = to_e4m3(fine.to(k.dtype), (1, 2))
+        above = to_e4m3(above.to(k.dtype), (1, 2)) if coarse else None
+        q, k = (torch.cat([to_e4m3(part, (0, 1)) for part in x.split(BLOCK)]) for x in (q, k))
     kept = torch.zeros(blocks, blocks, dtype=torch.bool, device=k.device)
     for first in range(0, n, ROWS):
         end = min(n, first + ROWS)
@@ -268,7 +283,14 @@ class Model:
         self.weights = {}
         for path in sorted(directory.glob("*.safetensors")):
             self.weights |= {name: weight.to(device, dtype) for name, weight in safetensors.torch.load_file(path).items()}
+        self.device = device
         self.pairs = self.causal = 0
+        self.selecting = 0.0  # seconds
+
+    def clock(self):
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
 
     def norm(self, x, name):
         scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
@@ -287,7 +309,9 @@ class Model:
         out = torch.empty_like(q)
         for head in range(self.heads):
             keys, values = k[head * self.kv_heads // self.heads], v[head * self.kv_heads // self.heads]
+            start = self.clock()
             of_head = None if selection is None else SELECTIONS[selection[0]](q[head], keys, scale, *selection[1])
+            self.selecting += self.clock() - start
             for first in range(0, n, ROWS):
                 end = min(n, first + ROWS)
                 mask = torch.arange(end, device=q.device) <= torch.arange(first, end, device=q.device)[:, None]
@@ -302,7 +326,7 @@ class Model:
     def __call__(self, ids, positions, selection=None):
         """Log probabilities [positions, vocabulary]."""
         w = self.weights
-        self.pairs = self.causal = 0
+        self.pairs = self.causal = self.selecting = 0
         x = w["model.embed_tokens.weight"][ids]
         for layer in range(self.num_layers):
             name = f"model.layers.{layer}."
@@ -320,7 +344,9 @@ def parse(text):
     name, _, numbers = text.partition(":")
     if name not in SELECTIONS:
         raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(SELECTIONS)}")
-    return text, (name, [float(x) if "." in x else int(x) for x in numbers.split(",") if x])
+    fp8 = name == "block-share" and numbers.endswith(",fp8")
+    numbers = [float(x) if "." in x else int(x) for x in numbers.removesuffix(",fp8" if fp8 else "").split(",") if x]
+    return text, (name, numbers + [0] * (4 - len(numbers)) + [True] if fp8 else numbers)
 
 
 def main():
@@ -343,14 +369,14 @@ def main():
     dense = model(ids, positions)
     passed = passes(dense)
     print(f"{len(ids):,} tokens: dense answers {int(passed.sum())} of {len(passed)}")
-    print("| selection | kept | KL | density | seconds |\n|---|---|---|---|---|", flush=True)
+    print("| selection | kept | KL | density | selecting, s | all, s |\n|---|---|---|---|---|---|", flush=True)
     for text, selection in arguments.selection:
         start = time.monotonic()
         logits = model(ids, positions, selection)
         kept = int((passes(logits) & passed).sum())
         divergence = float((dense.exp() * (dense - logits)).sum(-1).mean())
         print(f"| `{text}` | {kept} of {int(passed.sum())} | {divergence:.5f} | {model.pairs / model.causal:.4f} |",
-              f"{time.monotonic() - start:.0f} |", flush=True)
+              f"{model.selecting:.2f} | {time.monotonic() - start:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

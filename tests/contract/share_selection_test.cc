@@ -16,14 +16,17 @@ class ShareSelectionTest : public ShareFixture {};
 LF_INSTANTIATE_BACKENDS(ShareSelectionTest);
 
 TEST_P(ShareSelectionTest, AgreesWithTheOracle) {
-  Decisions decisions;
+  Decisions decisions, in_fp8;
   for (const int64_t tokens : {1, 63, 64, 65, 127, 128, 129, 1009}) {
     for (const int64_t dim : {64, 96, 128, 256}) {
       for (const int64_t samples : {0, 1, 8, 16}) CompareWithOracle(tokens, dim, samples, &decisions);
+      for (const int64_t samples : {0, 8}) CompareWithOracle(tokens, dim, samples, &in_fp8, /*fp8=*/true);
     }
   }
-  EXPECT_GT(decisions.kept, 200);
-  EXPECT_GT(decisions.dropped, 200);
+  for (const Decisions& each : {decisions, in_fp8}) {
+    EXPECT_GT(each.kept, 200);
+    EXPECT_GT(each.dropped, 200);
+  }
 }
 
 TEST_P(ShareSelectionTest, AgreesWithTheOracleOnLongPrompts) {
@@ -31,13 +34,14 @@ TEST_P(ShareSelectionTest, AgreesWithTheOracleOnLongPrompts) {
   Decisions decisions;
   for (const int64_t dim : {64, 128, 256}) {
     for (const int64_t samples : {0, 8}) CompareWithOracle(4999, dim, samples, &decisions);
+    CompareWithOracle(4999, dim, 8, &decisions, /*fp8=*/true);
   }
   EXPECT_GT(decisions.kept, 10000);
   EXPECT_GT(decisions.dropped, 10000);
 }
 
 TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracle) {
-  Decisions decisions, with_samples;
+  Decisions decisions, with_samples, in_fp8;
   for (const int64_t tokens : {1, 449, 511, 512, 513, 1024 + 65, 1601}) {
     for (const int64_t dim : {64, 96, 128, 256}) {
       for (const Kind& kind :
@@ -46,9 +50,13 @@ TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracle) {
       }
       const Kind samples = {.outliers = 4, .samples = 8, .coarse = 8};
       CompareTwoLevelsWithOracle(tokens, dim, samples, &with_samples);
+      for (Kind kind : {samples, Kind{.outliers = 4, .coarse = 8}}) {
+        kind.fp8 = true;
+        CompareTwoLevelsWithOracle(tokens, dim, kind, &in_fp8);
+      }
     }
   }
-  for (const Decisions& each : {decisions, with_samples}) {
+  for (const Decisions& each : {decisions, with_samples, in_fp8}) {
     EXPECT_GT(each.kept, 200);
     EXPECT_GT(each.dropped, 200);
     EXPECT_GT(each.closed, 200);
@@ -59,8 +67,10 @@ TEST_P(ShareSelectionTest, TwoLevelsAgreeWithTheOracleOnLongPrompts) {
   if (kSanitized) GTEST_SKIP() << "takes minutes under a sanitizer";
   Decisions decisions;
   for (const int64_t dim : {64, 96, 128, 256}) {
-    for (const Kind& kind :
-         {Kind{.outliers = 4, .coarse = 8}, {.coarse = 2}, {.outliers = 8, .samples = 8, .coarse = 8}}) {
+    for (const Kind& kind : {Kind{.outliers = 4, .coarse = 8},
+                             {.coarse = 2},
+                             {.outliers = 8, .samples = 8, .coarse = 8},
+                             {.outliers = 8, .samples = 8, .coarse = 8, .fp8 = true}}) {
       CompareTwoLevelsWithOracle(4999, dim, kind, &decisions);
     }
   }
@@ -144,7 +154,9 @@ TEST_P(ShareSelectionTest, AgreesWithTheOracleOnRowsOfManyBlocks) {
     for (const Kind& kind : {Kind{.outliers = 4},
                              {.outliers = 4, .samples = 4},
                              {.outliers = 4, .coarse = 8},
-                             {.outliers = 4, .samples = 4, .coarse = 8}}) {
+                             {.outliers = 4, .samples = 4, .coarse = 8},
+                             {.outliers = 4, .samples = 4, .fp8 = true},
+                             {.outliers = 4, .samples = 4, .coarse = 8, .fp8 = true}}) {
       CompareWithOracle(q, k, tokens, dim, kind, scale, {0.5F * kRowBlock / static_cast<float>(tokens)},
                         &decisions);
     }
@@ -159,13 +171,17 @@ TEST_P(ShareSelectionTest, TheLeastShareDoesNotDependOnWhatElseIsInTheCall) {
   const int64_t tokens = 12'800, dim = 64, blocks = tokens / kRowBlock, first = 150, row_block = 187;
   const std::vector<float> k = NormalFloats(tokens * dim, 81);
   const std::vector<float> q = AgreeingQueries(1, tokens - first * kRowBlock, dim, 80);  // from `first` on
-  for (const Kind& kind :
-       {Kind{.outliers = 4}, {.outliers = 4, .coarse = 8}, {.outliers = 4, .samples = 4, .coarse = 8}}) {
+  for (const Kind& kind : {Kind{.outliers = 4},
+                           {.outliers = 4, .coarse = 8},
+                           {.outliers = 4, .samples = 4, .coarse = 8},
+                           {.outliers = 4, .samples = 4, .fp8 = true},
+                           {.outliers = 4, .samples = 4, .coarse = 8, .fp8 = true}}) {
     const Buffer representatives = Represent(k, 1, tokens, dim, kind.outliers, kind.samples);
     const int64_t num_representatives = kind.num_representatives();
     const Buffer coarse = RepresentCoarse(representatives, kind, blocks, dim);
     const std::string what =
-        testing::PrintToString(std::vector<int64_t>{kind.samples, kind.coarse}) + " samples, coarse";
+        testing::PrintToString(std::vector<int64_t>{kind.samples, kind.coarse, kind.fp8}) +
+        " samples, coarse, fp8";
     const auto keeps = [&](int64_t begin, int64_t end, int64_t block, float min_share) {
       const auto row_of = [&](int64_t b) { return q.begin() + (b - first) * kRowBlock * dim; };
       const auto key_of = [&](int64_t b) { return k.begin() + b * kRowBlock * dim; };
@@ -180,7 +196,8 @@ TEST_P(ShareSelectionTest, TheLeastShareDoesNotDependOnWhatElseIsInTheCall) {
                                 .num_samples = kind.samples,
                                 .own_k = {key_of(begin), key_of(end)},
                                 .coarse = &coarse,
-                                .num_coarse = kind.coarse});
+                                .num_coarse = kind.coarse,
+                                .fp8 = kind.fp8});
       return IsSet(bits[0][row_block - begin], block);
     };
     for (const int64_t block : {3, 77, 130, 176}) {
@@ -240,7 +257,9 @@ TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
   for (const Kind& kind : {Kind{.outliers = 4},
                            {.outliers = 4, .samples = 4},
                            {.outliers = 4, .coarse = 8},
-                           {.outliers = 4, .samples = 4, .coarse = 8}}) {
+                           {.outliers = 4, .samples = 4, .coarse = 8},
+                           {.outliers = 4, .samples = 4, .fp8 = true},
+                           {.outliers = 4, .samples = 4, .coarse = 8, .fp8 = true}}) {
     const int64_t tokens = 2999, dim = 64, heads = 3, blocks = tokens / kRowBlock;
     const std::vector<float> q = kind.coarse > 0 ? AgreeingQueries(heads, tokens, dim, 24)
                                                  : NormalFloats(heads * tokens * dim, 24, 2.0F);
@@ -256,7 +275,8 @@ TEST_P(ShareSelectionTest, DoesNotDependOnWhatElseIsInTheCall) {
                   .num_samples = kind.samples,
                   .own_k = k,
                   .coarse = &coarse,
-                  .num_coarse = kind.coarse};
+                  .num_coarse = kind.coarse,
+                  .fp8 = kind.fp8};
     const Bits want = Select(q, representatives, whole);
     const auto expect_rows = [&](const PositionMap& positions, int64_t rows, int64_t head) {
       Case part = whole;
@@ -330,8 +350,9 @@ TEST_P(ShareSelectionTest, TakesAnyNumberOfHeads) {
   const Buffer coarse = RepresentCoarse(representatives, 1, blocks, dim, 4);
   Case all = {.rows = tokens, .dim = dim, .num_key_blocks = blocks, .scale = 0.125F, .coarse = &coarse};
   for (int64_t h = 0; h < heads; ++h) all.min_share.push_back(0.02F + 0.002F * static_cast<float>(h));
-  for (const int64_t num_coarse : {0, 4}) {
+  for (const auto& [num_coarse, fp8] : {std::pair{0, false}, {4, false}, {4, true}}) {
     all.num_coarse = num_coarse;
+    all.fp8 = fp8;
     if (num_coarse > 0) all.scale = 0.3F;
     const std::vector<float> q = num_coarse > 0 ? AgreeingQueries(heads, tokens, dim, 28)
                                                 : NormalFloats(heads * tokens * dim, 28, 2.0F);
@@ -341,7 +362,7 @@ TEST_P(ShareSelectionTest, TakesAnyNumberOfHeads) {
       one.min_share = {all.min_share[head]};
       const auto from = q.begin() + head * tokens * dim;
       EXPECT_EQ(got[head], Select({from, from + tokens * dim}, representatives, one)[0])
-          << "head " << head << ", coarse " << num_coarse;
+          << "head " << head << ", coarse " << num_coarse << ", fp8 " << fp8;
     }
   }
 }
@@ -361,8 +382,9 @@ TEST_P(ShareSelectionTest, TakesAnyNumberOfRows) {
               .scale = 0.3F,
               .min_share = {0.01F},
               .coarse = &coarse};
-  for (const int64_t num_coarse : {0, 8}) {
+  for (const auto& [num_coarse, fp8] : {std::pair{0, false}, {8, false}, {0, true}, {8, true}}) {
     all.num_coarse = num_coarse;
+    all.fp8 = fp8;
     const Bits got = Select(q, representatives, all);
     int64_t selected = 0;
     for (const int64_t begin : {int64_t{0}, int64_t{8192}, rows / 2 / kRowBlock * kRowBlock, rows - 256}) {
@@ -373,11 +395,12 @@ TEST_P(ShareSelectionTest, TakesAnyNumberOfRows) {
       const Bits want = Select({from, from + part.rows * dim}, representatives, part);
       for (int64_t m = 0; m < part.rows / kRowBlock; ++m) {
         EXPECT_EQ(got[0][begin / kRowBlock + m], want[0][m])
-            << "row block " << begin / kRowBlock + m << ", coarse " << num_coarse;
+            << "row block " << begin / kRowBlock + m << ", coarse " << num_coarse << ", fp8 " << fp8;
         for (const uint64_t word : want[0][m]) selected += std::popcount(word);
       }
     }
-    EXPECT_GT(selected, 16 * 3 * kForcedNearestBlocks) << "only forced blocks, coarse " << num_coarse;
+    EXPECT_GT(selected, 16 * 3 * kForcedNearestBlocks)
+        << "only forced blocks, coarse " << num_coarse << ", fp8 " << fp8;
   }
 }
 
@@ -440,23 +463,27 @@ TEST_P(ShareSelectionTest, SaysWhatIsWrong) {
   good.words_per_row = 1;
   const auto run = [&](const ShareSelectionParams& params) {
     return kernels().SelectByShare(
-        params, NewWorkspace(kernels().ShareSelectionWorkspaceBytes({1, 512, 17, 8, 256, 16})), stream());
+        params, NewWorkspace(kernels().ShareSelectionWorkspaceBytes({1, 512, 17, 8, 256, 16, 16, true})),
+        stream());
   };
   LF_EXPECT_OK(run(good));
   ShareSelectionParams two_levels = good;
   two_levels.coarse = data.data();
   two_levels.num_coarse = 4;
-  LF_EXPECT_OK(run(two_levels));
-  const int64_t needed = kernels().ShareSelectionWorkspaceBytes({1, 512, 5, 8, 64, 4});
-  const Buffer scratch = Bytes(needed + 16);
-  for (const Workspace& bad : {Workspace{}, Workspace{scratch.data(), needed - 1}}) {
-    EXPECT_THAT(kernels().SelectByShare(two_levels, bad, stream()),
-                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace")));
-  }
-  if (on_gpu()) {
-    EXPECT_THAT(
-        kernels().SelectByShare(two_levels, {static_cast<char*>(scratch.data()) + 8, needed}, stream()),
-        StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace")));
+  for (const bool fp8 : {false, true}) {
+    two_levels.fp8 = fp8;
+    LF_EXPECT_OK(run(two_levels));
+    const int64_t needed = kernels().ShareSelectionWorkspaceBytes({1, 512, 5, 8, 64, 4, 0, fp8});
+    const Buffer scratch = Bytes(needed + 16);
+    for (const Workspace& bad : {Workspace{}, Workspace{scratch.data(), needed - 1}}) {
+      EXPECT_THAT(kernels().SelectByShare(two_levels, bad, stream()),
+                  StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace")));
+    }
+    if (on_gpu()) {
+      EXPECT_THAT(
+          kernels().SelectByShare(two_levels, {static_cast<char*>(scratch.data()) + 8, needed}, stream()),
+          StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("workspace")));
+    }
   }
   const auto expect = [&](const char* message, const auto& change) {
     ShareSelectionParams bad = good;

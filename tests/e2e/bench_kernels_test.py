@@ -142,10 +142,12 @@ class BenchShares(support.TemporaryDirectoryTest):
     def test_every_length_is_timed_and_checked(self):
         self.check_attention("block-share:2,0.1", 3)
         self.check_attention("block-share:2,0.2,8", 10)
+        self.check_attention("block-share:2,0.2,8,fp8", 10)
 
     def test_two_levels_are_timed_and_checked(self):
         self.check_two_levels("block-share:2,0.5,0,4")
         self.check_two_levels("block-share:2,0.5,4,4")
+        self.check_two_levels("block-share:2,0.5,4,4,fp8")
 
     def check_two_levels(self, attention):
         options = ("--tokens", "300,9000", "--attention", attention, *SHAPE, "--repeat", "1")

@@ -12,7 +12,8 @@ from support import SHARED_DIR, run
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "bench" / "selection_peers.py"
 TOKENS = 2048
-PATTERNS = ["block-share:4,0.1", "block-share:4,0.05,8", "block-share:4,0.1,0,8", "block-share:8,0.02,8,8"]
+PATTERNS = ["block-share:4,0.1", "block-share:4,0.05,8", "block-share:4,0.1,0,8", "block-share:8,0.02,8,8",
+            "block-share:8,0.02,8,8,fp8"]
 PEERS = ["flash-prefill:0.1", "xattention:16,0.9", "flex-prefill:0.9", "vertical-slash:30,200,512"]
 
 

@@ -234,8 +234,8 @@ void ParallelAttentionTest::ExpectEquals(const Outcome& expected, const Prompt& 
 std::vector<PeerHosts> OneHost(int) { return {PeerHosts()}; }
 
 TEST_P(ParallelAttentionTest, EqualsOneRankForEveryPatternAndMesh) {
-  const HeadPattern kinds[] = {Dense{}, AShape{7, 70}, VerticalSlash{40, 120}, BlockSparse{3},
-                               BlockShare{3, 0.1}};
+  const HeadPattern kinds[] = {Dense{},        AShape{7, 70},      VerticalSlash{40, 120},
+                               BlockSparse{3}, BlockShare{3, 0.1}, BlockShare{3, 0.05, 8, 8, /*fp8=*/true}};
   uint32_t seed = 10;
   for (const int64_t num_tokens : {1, 129, 1337}) {
     for (const HeadPattern& pattern : kinds) {

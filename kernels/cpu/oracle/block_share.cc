@@ -12,15 +12,52 @@ constexpr int64_t kBlock = 64;
 constexpr int64_t kCoarse = 8;  // key blocks of a coarse block
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-double Dot(const float* q, const auto* key, int64_t head_dim) {
+double Dot(const double* q, const double* key, int64_t head_dim) {
   double product = 0;
-  for (int64_t i = 0; i < head_dim; ++i) product += q[i] * static_cast<double>(key[i]);
+  for (int64_t i = 0; i < head_dim; ++i) product += q[i] * key[i];
   return product;
+}
+
+// Of what can be written with 4 bits of exponent, whose least is -6, and 3 of fraction, the nearest; of two
+// the even one. |x| is below 256, so that it does not matter where E4M3 ends.
+double NearestE4m3(double x) {
+  const int exponent = x == 0 ? -6 : std::max(-6, std::ilogb(x));
+  const double spacing = std::ldexp(1.0, exponent - 3);
+  return std::nearbyint(x / spacing) * spacing;
+}
+
+// All values together, after a power of two that brings the largest magnitude to [128, 256).
+void RoundToE4m3(const std::vector<double*>& values) {
+  double largest = 0;
+  for (const double* value : values) largest = std::max(largest, std::abs(*value));
+  if (largest == 0) return;
+  const double power = std::ldexp(1.0, 7 - std::ilogb(largest));
+  for (double* value : values) *value = NearestE4m3(*value * power) / power;
+}
+
+// In each block of rows [count, num_blocks, head_dim].
+void RoundBlocksToE4m3(int64_t count, int64_t num_blocks, int64_t head_dim, std::vector<double>* rows) {
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    std::vector<double*> values;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t i = 0; i < head_dim; ++i) values.push_back(&(*rows)[(r * num_blocks + b) * head_dim + i]);
+    }
+    RoundToE4m3(values);
+  }
+}
+
+// In each piece of so many elements, the last of which may be shorter.
+void RoundPiecesToE4m3(int64_t piece, std::vector<double>* x) {
+  for (int64_t begin = 0; begin < std::ssize(*x); begin += piece) {
+    std::vector<double*> values;
+    for (int64_t i = begin; i < std::min(begin + piece, std::ssize(*x)); ++i) values.push_back(&(*x)[i]);
+    RoundToE4m3(values);
+  }
 }
 
 // Of one query for the first `num_scored` of `num_blocks` blocks of `keys` keys, each the largest product
 // with its representatives [count, num_blocks, head_dim], of which the first num_samples are samples.
-std::vector<double> Scores(const float* q, const std::vector<double>& representatives, int64_t count,
+std::vector<double> Scores(const double* q, const std::vector<double>& representatives, int64_t count,
                            int64_t num_samples, int64_t num_blocks, int64_t keys, int64_t num_scored,
                            int64_t head_dim, double scale) {
   std::vector<double> scores(num_scored, -kInfinity);
@@ -123,8 +160,20 @@ std::vector<double> ChooseCoarse(const std::vector<double>& rows, int64_t count,
 }
 
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
-                             const Representatives& all, double scale, double min_share) {
+                             const Representatives& given, double scale, double min_share) {
   const int64_t whole_blocks = num_tokens / kBlock;
+  Representatives all = given;
+  std::vector<double> queries(q, q + num_tokens * head_dim), keys;
+  if (all.num_samples > 0) keys.assign(k, k + num_tokens * head_dim);
+  const int64_t coarse_count = std::max<int64_t>(1, all.num_samples) + all.num_coarse;
+  if (all.fp8) {
+    RoundPiecesToE4m3(kBlock * head_dim, &queries);
+    RoundPiecesToE4m3(kBlock * head_dim, &keys);
+    RoundBlocksToE4m3(all.count, whole_blocks, head_dim, &all.rows);
+    if (all.num_coarse > 0) {
+      RoundBlocksToE4m3(coarse_count, whole_blocks / kCoarse, head_dim, &all.coarse);
+    }
+  }
   ShareSelection result;
   for (int64_t m = 0; m * kBlock < num_tokens; ++m) {
     const int64_t end_row = std::min(num_tokens, (m + 1) * kBlock);
@@ -133,22 +182,22 @@ ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens,
     // With samples, the scores of the row's own block.
     const auto with_own_keys = [&](std::vector<double> scores, int64_t row) {
       for (int64_t key = m * kBlock; all.num_samples > 0 && key <= row; ++key) {
-        scores.push_back(scale * Dot(q + row * head_dim, k + key * head_dim, head_dim));
+        scores.push_back(scale * Dot(&queries[row * head_dim], &keys[key * head_dim], head_dim));
       }
       return scores;
     };
     std::vector<double> coarse_sums;  // of each row, as logs
     for (int64_t row = m * kBlock; row < end_row; ++row) {
-      std::vector<double> shares = Scores(
-          q + row * head_dim, all.coarse, std::max<int64_t>(1, all.num_samples) + all.num_coarse,
-          all.num_samples, whole_blocks / kCoarse, kCoarse * kBlock, num_coarse_blocks, head_dim, scale);
+      std::vector<double> shares =
+          Scores(&queries[row * head_dim], all.coarse, coarse_count, all.num_samples, whole_blocks / kCoarse,
+                 kCoarse * kBlock, num_coarse_blocks, head_dim, scale);
       coarse_sums.push_back(LogSum(with_own_keys(shares, row)));
       for (double& share : shares) share = std::exp(share - coarse_sums.back());
       RaiseTo(shares, &largest_coarse);
     }
     std::vector<double> largest(m, 0);
     for (int64_t row = m * kBlock; row < end_row; ++row) {
-      std::vector<double> shares = Scores(q + row * head_dim, all.rows, all.count, all.num_samples,
+      std::vector<double> shares = Scores(&queries[row * head_dim], all.rows, all.count, all.num_samples,
                                           whole_blocks, kBlock, m, head_dim, scale);
       for (int64_t b = 0; b < num_coarse_blocks * kCoarse; ++b) {
         if (largest_coarse[b / kCoarse] < 0.5 * min_share) shares[b] = -kInfinity;
@@ -173,7 +222,8 @@ ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens,
   const RepresentativeChoice choice = ChooseRepresentatives(k, num_tokens, head_dim, pattern.outliers);
   Representatives all = {.count = NumRepresentatives(pattern.samples, pattern.outliers),
                          .num_samples = pattern.samples,
-                         .num_coarse = pattern.coarse};
+                         .num_coarse = pattern.coarse,
+                         .fp8 = pattern.fp8};
   if (pattern.samples == 0) all.rows = choice.means;
   for (int64_t i = 0; i < pattern.samples; ++i) {
     for (int64_t b = 0; b < num_tokens / kBlock; ++b) {

@@ -98,6 +98,7 @@ struct Representatives {
   int64_t num_samples = 0;     // the first ones
   std::vector<double> coarse;  // [max(1, num_samples) + num_coarse, num_tokens / 512, head_dim]
   int64_t num_coarse = 0;      // 0: one level
+  bool fp8 = false;            // they, keys and queries are rounded to E4M3, as BlockShare::fp8 has it
 };
 // What `coarse` is for representatives [count, num_key_blocks, head_dim] of which the first num_samples are
 // samples: the mean of the first ones, or every eighth of all samples of eight blocks from the fifth on, then
@@ -114,7 +115,8 @@ struct ShareSelection {
   std::vector<std::vector<double>> coarse_shares;
   std::vector<std::vector<int32_t>> blocks;  // [num_row_blocks]: selected, ascending
 };
-// One head; q and k [num_tokens, head_dim]. k is read only if there are samples.
+// One head; q and k [num_tokens, head_dim]. k is read only if there are samples. The representatives may be a
+// backend's, which are rounded to its compute dtype; fp8 rounds them after that.
 ShareSelection SelectByShare(const float* q, const float* k, int64_t num_tokens, int64_t head_dim,
                              const Representatives& representatives, double scale, double min_share);
 // The same from the keys.

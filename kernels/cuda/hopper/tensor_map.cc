@@ -25,6 +25,11 @@ absl::StatusOr<Encode> FindEncode() {
   return reinterpret_cast<Encode>(function);
 }
 
+CUtensorMapSwizzle SwizzleOf(int bytes) {
+  if (bytes == 32) return CU_TENSOR_MAP_SWIZZLE_32B;
+  return bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+}
+
 }  // namespace
 
 absl::Status EncodeTensorMap(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
@@ -44,8 +49,7 @@ absl::Status EncodeTensorMap(std::string_view name, const void* data, DType dtyp
   const CUresult result = (*encode)(
       map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
       const_cast<void*>(data), dims, strides, box_size, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box.swizzle_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      SwizzleOf(box.swizzle_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   return absl::InternalError(absl::StrCat(
       std::string(name), ": cuTensorMapEncodeTiled gives error ", static_cast<int>(result), " for ",

@@ -23,7 +23,7 @@ struct HeadsBox {
   int64_t head_stride = 0;
   int box_dims = 0;       // of a row
   int box_rows = 0;       // at most 256
-  int swizzle_bytes = 0;  // 64 or 128, the bytes of box_dims
+  int swizzle_bytes = 0;  // 32, 64 or 128, the bytes of box_dims
 };
 
 // A map with the coordinates (dim, row, head). `name` is for errors.

@@ -46,6 +46,9 @@ class RowScores {
     }
   }
 
+  // What scores are multiplied with beside the scale, before the first are taken in.
+  __device__ __forceinline__ void ScaleBy(float factor) { scale_log2_ *= factor; }
+
   // [16 rows][8 blocks], then row / 8, block % 2: the largest products with the representatives so far, not
   // scaled.
   float scores[kRowTiles][kBlockTiles][4];
@@ -209,7 +212,7 @@ class RowScores {
  private:
   __device__ __forceinline__ static int lane() { return attention::Thread() % 32; }
 
-  const float scale_log2_;
+  float scale_log2_;
   const float share_log2_;
   const int num_rows_;        // of the warp
   float max_[kRowTiles][2];   // scaled, of the lane's blocks

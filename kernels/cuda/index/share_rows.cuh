@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/attention/mma.cuh"
 #include "kernels/cuda/attention/tile_memory.cuh"
+#include "kernels/cuda/index/e4m3.cuh"
 #include "kernels/cuda/index/row_scores.cuh"
 #include "kernels/cuda/index/share_selection_args.h"
 
@@ -45,6 +46,31 @@ class ShareRows {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         LoadMatrices(q_[i][step], Place(address, 16 * i, 2 * step ^ place));
+      }
+    }
+  }
+
+  // Rounds the queries to E4M3 together with those of their row block, all of whose rows are at `row_block`
+  // in shared memory.
+  __device__ __forceinline__ void RoundToE4m3(const char* row_block) {
+    constexpr int kPieces = static_cast<int>(kRowBlock) * Shape::kRowBytes / 16;
+    float largest = 0;
+    for (int i = lane_; i < kPieces; i += 32) {
+      const uint4 piece = reinterpret_cast<const uint4*>(row_block)[i];
+      for (const uint32_t pair : {piece.x, piece.y, piece.z, piece.w}) {
+        largest = fmaxf(largest, LargestMagnitude(WidenPair<Element>(pair)));
+      }
+    }
+    const E4m3Scale scale = E4m3Scale::Of(WarpMax(largest));
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (uint32_t& pair : q_[i][step]) {
+          const float2 rounded = FromE4m3(PairToE4m3(WidenPair<Element>(pair), scale.scale), scale.inverse);
+          pair = NarrowPair<Element>(rounded.x, rounded.y);
+        }
       }
     }
   }

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/hopper/index/share_selection.h"
+#include "kernels/cuda/index/round_to_e4m3.h"
 #include "kernels/cuda/index/share_selection_args.h"
 #include "kernels/sparse/position_check.h"
 #include "kernels/sparse/share_check.h"
@@ -68,91 +69,212 @@ int64_t TileRows(int64_t head_dim, bool hopper) {
   return head_dim <= 128 ? ShareShape<128>::kRows : ShareShape<256>::kRows;
 }
 
+// Offsets of the pieces of a workspace, in bytes.
+class WorkspaceLayout {
+ public:
+  int64_t Take(int64_t bytes) {
+    const int64_t offset = total_bytes_;
+    total_bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+  }
+  int64_t total_bytes() const { return total_bytes_; }
+
+ private:
+  static constexpr int64_t kAlignment = 128;
+  int64_t total_bytes_ = 0;
+};
+
 // What the first of two levels leaves for the second: which coarse blocks are open to each row block, and
 // each row's sum over them.
 struct CoarseLayout {
-  explicit CoarseLayout(const ShareSelectionBounds& bounds)
+  CoarseLayout(const ShareSelectionBounds& bounds, WorkspaceLayout* layout)
       : num_coarse_blocks(bounds.num_key_blocks / kCoarseBlocks) {
     if (bounds.num_coarse == 0 || num_coarse_blocks == 0) return;
     open_words = (num_coarse_blocks + 63) / 64;
-    sums =
-        bounds.num_heads * RowBlocksOf(bounds.num_rows) * open_words * static_cast<int64_t>(sizeof(uint64_t));
-    total_bytes = sums + bounds.num_heads * bounds.num_rows * static_cast<int64_t>(sizeof(float));
+    open = layout->Take(bounds.num_heads * RowBlocksOf(bounds.num_rows) * open_words *
+                        static_cast<int64_t>(sizeof(uint64_t)));
+    sums = layout->Take(bounds.num_heads * bounds.num_rows * static_cast<int64_t>(sizeof(float)));
   }
   int64_t num_coarse_blocks = 0;
   int64_t open_words = 0;  // of a row block; 0: there is one level
-  int64_t sums = 0;        // byte offset
-  int64_t total_bytes = 0;
+  int64_t open = 0;
+  int64_t sums = 0;
+};
+
+// What is rounded to E4M3 for all launches, as E4M3 with scales or as 16-bit elements.
+struct Fp8Layout {
+  struct Part {
+    int64_t values = 0;
+    int64_t scales = 0;
+  };
+
+  Fp8Layout(const ShareSelectionBounds& bounds, bool with_scales, WorkspaceLayout* layout)
+      : element_bytes(with_scales ? 1 : 2) {
+    if (!bounds.fp8) return;
+    const auto take = [&](int64_t rows, int64_t groups) {
+      Part part;
+      part.values = layout->Take(rows * bounds.head_dim * element_bytes);
+      // The Hopper kernel reads whole eights of scales.
+      if (with_scales) part.scales = layout->Take((groups + 7) / 8 * 8 * static_cast<int64_t>(sizeof(float)));
+      return part;
+    };
+    const int64_t coarse_blocks = bounds.num_key_blocks / kCoarseBlocks;
+    blocks = take(bounds.num_representatives * bounds.num_key_blocks, bounds.num_key_blocks);
+    if (bounds.num_coarse > 0) {
+      coarse = take(NumRepresentatives(bounds.num_samples, bounds.num_coarse) * coarse_blocks, coarse_blocks);
+    }
+    if (bounds.num_samples > 0) own_keys = take(bounds.num_rows, RowBlocksOf(bounds.num_rows));
+  }
+  int64_t element_bytes;
+  Part blocks, coarse, own_keys;
+};
+
+struct Layout {
+  Layout(const ShareSelectionBounds& bounds, bool hopper)
+      : coarse(bounds, &workspace), fp8(bounds, hopper, &workspace) {}
+  WorkspaceLayout workspace;
+  CoarseLayout coarse;
+  Fp8Layout fp8;
 };
 
 ShareSelectionBounds BoundsOf(const ShareSelectionParams& params) {
-  return {params.num_heads,      params.num_rows, params.num_representatives,
-          params.num_key_blocks, params.head_dim, params.num_coarse};
+  return {.num_heads = params.num_heads,
+          .num_rows = params.num_rows,
+          .num_representatives = params.num_representatives,
+          .num_key_blocks = params.num_key_blocks,
+          .head_dim = params.head_dim,
+          .num_coarse = params.num_coarse,
+          .num_samples = params.num_samples,
+          .fp8 = params.fp8};
 }
 
 class Launcher {
  public:
-  Launcher(const ShareSelectionParams& params, DType dtype, const DeviceLimits& limits, cudaStream_t stream)
+  Launcher(const ShareSelectionParams& params, const Layout& layout, Workspace workspace, DType dtype,
+           bool hopper, cudaStream_t stream)
       : params_(params),
+        layout_(layout),
+        workspace_(static_cast<char*>(workspace.data)),
         dtype_(dtype),
         stream_(stream),
-        hopper_(HasHopperShareSelection(params.head_dim, limits)),
-        tile_rows_(TileRows(params.head_dim, hopper_)) {}
+        hopper_(hopper),
+        tile_rows_(TileRows(params.head_dim, hopper)),
+        blocks_{params.representatives, params.num_representatives, params.num_key_blocks},
+        coarse_{params.coarse, NumRepresentatives(params.num_samples, params.num_coarse),
+                params.num_key_blocks / kCoarseBlocks},
+        own_k_{params.own_k, params.own_k_row_stride} {}
+
+  absl::Status Run() {
+    if (params_.fp8) LF_RETURN_IF_ERROR(RoundAll());
+    if (layout_.coarse.open_words > 0) LF_RETURN_IF_ERROR(SelectCoarse());
+    return Select();
+  }
+
+ private:
+  // What represents the blocks of a level, [count, num_blocks, head_dim].
+  struct Level {
+    const void* representatives = nullptr;
+    int64_t count = 0;
+    int64_t num_blocks = 0;
+    const float* scales = nullptr;  // ShareSelectionArgs::block_scales
+  };
+  struct OwnKeys {
+    const void* rows = nullptr;
+    int64_t row_stride = 0;
+    const float* scales = nullptr;
+  };
+
+  // Puts rounded copies in the places of what is read.
+  absl::Status RoundAll() {
+    LF_RETURN_IF_ERROR(Round(layout_.fp8.blocks, &blocks_));
+    if (layout_.coarse.open_words > 0) LF_RETURN_IF_ERROR(Round(layout_.fp8.coarse, &coarse_));
+    if (params_.num_samples == 0) return absl::OkStatus();
+    const Fp8Layout::Part& part = layout_.fp8.own_keys;
+    RoundedRows rows = RowsTo(part);
+    rows.rows = own_k_.rows;
+    rows.num_groups = RowBlocksOf(params_.num_rows);
+    rows.rows_of_group = kRowBlock;
+    rows.num_rows = params_.num_rows;
+    rows.group_stride = kRowBlock * own_k_.row_stride;
+    rows.row_stride = own_k_.row_stride;
+    rows.out_group_stride = kRowBlock * params_.head_dim;
+    rows.out_row_stride = params_.head_dim;
+    own_k_ = {rows.out, params_.head_dim, rows.scales};
+    return RoundToE4m3(rows, dtype_, stream_);
+  }
+  absl::Status Round(const Fp8Layout::Part& part, Level* level) const {
+    RoundedRows rows = RowsTo(part);
+    rows.rows = level->representatives;
+    rows.num_groups = level->num_blocks;
+    rows.rows_of_group = level->count;
+    rows.num_rows = level->count * level->num_blocks;
+    rows.group_stride = rows.out_group_stride = params_.head_dim;
+    rows.row_stride = rows.out_row_stride = level->num_blocks * params_.head_dim;
+    level->representatives = rows.out;
+    level->scales = rows.scales;
+    return RoundToE4m3(rows, dtype_, stream_);
+  }
+  RoundedRows RowsTo(const Fp8Layout::Part& part) const {
+    RoundedRows rows;
+    rows.head_dim = params_.head_dim;
+    rows.out = workspace_ + part.values;
+    if (hopper_) rows.scales = reinterpret_cast<float*>(workspace_ + part.scales);
+    return rows;
+  }
 
   // Of heads from `head` on, as many as a launch takes, what both levels have in common.
-  ShareSelectionArgs ArgsFrom(int64_t head) const {
+  ShareSelectionArgs ArgsFrom(int64_t head, const Level& level) const {
     ShareSelectionArgs args;
     args.q = Advance(params_.q.data, head * params_.q.head_stride, dtype_);
     args.q_head_stride = params_.q.head_stride;
     args.q_row_stride = params_.q.row_stride;
+    args.representatives = level.representatives;
+    args.num_representatives = static_cast<int32_t>(level.count);
     args.num_heads = static_cast<int32_t>(std::min<int64_t>(kMaxShareHeads, params_.num_heads - head));
     args.num_rows = params_.num_rows;
     args.positions = params_.positions;
     args.scale_log2 = static_cast<float>(params_.scale * std::numbers::log2e);
     args.num_samples = static_cast<int32_t>(params_.num_samples);
     if (params_.num_samples > 0) {
-      args.own_k = params_.own_k;
-      args.own_k_row_stride = params_.own_k_row_stride;
+      args.own_k = own_k_.rows;
+      args.own_k_row_stride = own_k_.row_stride;
+      args.own_scales = own_k_.scales;
     }
+    args.fp8 = params_.fp8;
+    args.block_scales = level.scales;
     return args;
   }
 
   // Those of coarse blocks, of which a share of kOpenFactor of the least is enough.
-  absl::Status SelectCoarse(const CoarseLayout& layout, Workspace workspace) const {
+  absl::Status SelectCoarse() const {
     for (int64_t head = 0; head < params_.num_heads; head += kMaxShareHeads) {
-      ShareSelectionArgs args = ArgsFrom(head);
-      args.representatives = params_.coarse;
-      args.num_representatives =
-          static_cast<int32_t>(NumRepresentatives(params_.num_samples, params_.num_coarse));
+      ShareSelectionArgs args = ArgsFrom(head, coarse_);
       args.block_keys = static_cast<int32_t>(kCoarseBlocks * kRowBlock);
       args.sample_bonus = SampleBonus(args.block_keys);
-      args.bits = static_cast<uint64_t*>(workspace.data) + FirstRowBlock(head) * layout.open_words;
-      args.words_per_row = layout.open_words;
-      args.sums = SumsOf(head, layout, workspace);
-      LF_RETURN_IF_ERROR(LaunchTiles(args, head, kOpenFactor, layout.num_coarse_blocks));
+      args.bits = OpenOf(head);
+      args.words_per_row = layout_.coarse.open_words;
+      args.sums = SumsOf(head);
+      LF_RETURN_IF_ERROR(LaunchTiles(args, head, kOpenFactor, coarse_.num_blocks));
     }
     return absl::OkStatus();
   }
 
-  absl::Status Select(const CoarseLayout& layout, Workspace workspace) const {
+  absl::Status Select() const {
     for (int64_t head = 0; head < params_.num_heads; head += kMaxShareHeads) {
-      ShareSelectionArgs args = ArgsFrom(head);
-      args.representatives = params_.representatives;
-      args.num_representatives = static_cast<int32_t>(params_.num_representatives);
+      ShareSelectionArgs args = ArgsFrom(head, blocks_);
       args.sample_bonus = SampleBonus(kRowBlock);
       args.bits = params_.bits + FirstRowBlock(head) * params_.words_per_row;
       args.words_per_row = params_.words_per_row;
-      if (layout.open_words > 0) {
-        args.open = static_cast<const uint64_t*>(workspace.data) + FirstRowBlock(head) * layout.open_words;
-        args.open_words = layout.open_words;
-        args.coarse_sums = SumsOf(head, layout, workspace);
+      if (layout_.coarse.open_words > 0) {
+        args.open = OpenOf(head);
+        args.open_words = layout_.coarse.open_words;
+        args.coarse_sums = SumsOf(head);
       }
-      LF_RETURN_IF_ERROR(LaunchTiles(args, head, 1, params_.num_key_blocks));
+      LF_RETURN_IF_ERROR(LaunchTiles(args, head, 1, blocks_.num_blocks));
     }
     return absl::OkStatus();
   }
 
- private:
   // Of samples of so many keys.
   float SampleBonus(int64_t keys) const {
     if (params_.num_samples == 0) return 0;
@@ -160,9 +282,12 @@ class Launcher {
     return static_cast<float>(std::log(weight) / params_.scale);
   }
   int64_t FirstRowBlock(int64_t head) const { return head * RowBlocksOf(params_.num_rows); }
-  float* SumsOf(int64_t head, const CoarseLayout& layout, Workspace workspace) const {
-    return reinterpret_cast<float*>(static_cast<char*>(workspace.data) + layout.sums) +
-           head * params_.num_rows;
+  uint64_t* OpenOf(int64_t head) const {
+    return reinterpret_cast<uint64_t*>(workspace_ + layout_.coarse.open) +
+           FirstRowBlock(head) * layout_.coarse.open_words;
+  }
+  float* SumsOf(int64_t head) const {
+    return reinterpret_cast<float*>(workspace_ + layout_.coarse.sums) + head * params_.num_rows;
   }
 
   // All tiles of the heads from `head` on, some at a time, against `num_blocks` blocks.
@@ -194,16 +319,20 @@ class Launcher {
   }
 
   const ShareSelectionParams& params_;
+  const Layout& layout_;
+  char* const workspace_;
   const DType dtype_;
   const cudaStream_t stream_;
   const bool hopper_;
   const int64_t tile_rows_;
+  Level blocks_, coarse_;
+  OwnKeys own_k_;
 };
 
 }  // namespace
 
-int64_t CudaShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds) {
-  return CoarseLayout(bounds).total_bytes;
+int64_t CudaShareSelectionWorkspaceBytes(const ShareSelectionBounds& bounds, const DeviceLimits& limits) {
+  return Layout(bounds, HasHopperShareSelection(bounds.head_dim, limits)).workspace.total_bytes();
 }
 
 absl::Status CudaSelectByShare(const ShareSelectionParams& params, Workspace workspace, DType compute_dtype,
@@ -212,14 +341,14 @@ absl::Status CudaSelectByShare(const ShareSelectionParams& params, Workspace wor
   LF_RETURN_IF_ERROR(cuda::CheckAtLeast(kOperation, "num_rows", params.num_rows, 0));
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(Check(params));
-  const CoarseLayout layout(BoundsOf(params));
-  LF_RETURN_IF_ERROR(cuda::CheckWorkspace(kOperation, workspace, layout.total_bytes));
-  if (layout.total_bytes > 0 && !cuda::AlignedTo16(workspace.data)) {
+  const bool hopper = HasHopperShareSelection(params.head_dim, limits);
+  const Layout layout(BoundsOf(params), hopper);
+  const int64_t bytes = layout.workspace.total_bytes();
+  LF_RETURN_IF_ERROR(cuda::CheckWorkspace(kOperation, workspace, bytes));
+  if (bytes > 0 && !cuda::AlignedTo16(workspace.data)) {
     return absl::InvalidArgumentError(absl::StrCat(kOperation, ": the workspace is not aligned to 16 bytes"));
   }
-  const Launcher launcher(params, compute_dtype, limits, stream);
-  if (layout.open_words > 0) LF_RETURN_IF_ERROR(launcher.SelectCoarse(layout, workspace));
-  return launcher.Select(layout, workspace);
+  return Launcher(params, layout, workspace, compute_dtype, hopper, stream).Run();
 }
 
 }  // namespace longfill

@@ -83,6 +83,10 @@ class Tile {
     WaitForCopies();
     __syncthreads();
     queries_.LoadQueries(shared_.stages[0]);
+    if (args_.fp8) {
+      const int first_row = warp_ / Shape::kWarpsOfRowBlock * int{kRowBlock};
+      queries_.RoundToE4m3(shared_.stages[0] + first_row * Shape::kRowBytes);
+    }
     __syncthreads();  // before stages are written
   }
 

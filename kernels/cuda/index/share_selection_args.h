@@ -23,8 +23,13 @@ struct ShareSelectionArgs {
   float sample_bonus = 0;        // added to products with samples: ln(block_keys / num_samples) / scale
   const void* own_k = nullptr;   // the key of each row, where there are samples
   int64_t own_k_row_stride = 0;  // elements
-  int32_t num_heads = 0;         // of the launch
-  int64_t num_rows = 0;          // of a head
+  // Queries are to be rounded to E4M3; representatives and own keys are. The Hopper kernel has these as E4M3,
+  // with the factors that belong to products with them; the generic one as 16-bit elements, without.
+  bool fp8 = false;
+  const float* block_scales = nullptr;  // [blocks, rounded up to whole eights]
+  const float* own_scales = nullptr;    // [ceil(num_rows / 64)]
+  int32_t num_heads = 0;                // of the launch
+  int64_t num_rows = 0;                 // of a head
   PositionMap positions;
   float scale_log2 = 0;            // scale / ln 2
   int32_t block_keys = kRowBlock;  // of a key block, or of a coarse block

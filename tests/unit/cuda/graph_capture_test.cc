@@ -179,8 +179,14 @@ class LayerGraphTest : public GraphCaptureTest {
                                  kernels().BuildIndexWorkspaceBytes(kHeads, kWords),
                                  kernels().CountPairsWorkspaceBytes(kHeads, kTokens),
                                  kernels().ShareSelectionWorkspaceBytes(
-                                     {kHeads / kKvHeads, kTokens, NumRepresentatives(kSamples, kOutliers),
-                                      kWords, kHeadDim, kCoarse}),
+                                     {.num_heads = kHeads / kKvHeads,
+                                      .num_rows = kTokens,
+                                      .num_representatives = NumRepresentatives(kSamples, kOutliers),
+                                      .num_key_blocks = kWords,
+                                      .head_dim = kHeadDim,
+                                      .num_coarse = kCoarse,
+                                      .num_samples = kSamples,
+                                      .fp8 = true}),
                                  kernels().BuildBlockListsWorkspaceBytes(kHeads / kKvHeads, kWords),
                                  kernels().AttentionWorkspaceBytes(bounds_)}));
   }
@@ -338,6 +344,7 @@ absl::Status LayerGraphTest::SelectShares(const BlockShare& pattern, std::vector
                                  .num_key_blocks = kWords,
                                  .coarse = coarse_.data(),
                                  .num_coarse = pattern.coarse,
+                                 .fp8 = pattern.fp8,
                                  .head_dim = kHeadDim,
                                  .scale = 0.125F,
                                  .min_share = min_share,
@@ -368,7 +375,8 @@ absl::Status LayerGraphTest::SelectShares(const BlockShare& pattern, std::vector
 TEST_F(LayerGraphTest, ShareSelectionAndAttention) {
   for (const BlockShare& pattern :
        {BlockShare{kOutliers, 0.1, kSamples}, BlockShare{kOutliers, 0.1, 0, kCoarse},
-        BlockShare{kOutliers, 0.1, kSamples, kCoarse}}) {
+        BlockShare{kOutliers, 0.1, kSamples, kCoarse}, BlockShare{kOutliers, 0.1, kSamples, 0, true},
+        BlockShare{kOutliers, 0.1, kSamples, kCoarse, true}}) {
     SCOPED_TRACE(ToString(pattern));
     ExpectReplayEqual(out_, [&] { return ShareLayer(pattern); });
     ExpectReplayEqual(pairs_, [&] { return ShareLayer(pattern); });

@@ -37,6 +37,8 @@ TEST(WidenedPattern, MultipliesBudgets) {
   EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25, 8}, 2, 0, kTokens), HeadPattern(BlockShare{4, 0.125, 8}));
   EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25, 0, 8}, 2, 0, kTokens),
             HeadPattern(BlockShare{4, 0.125, 0, 8}));
+  EXPECT_EQ(WidenedPattern(BlockShare{4, 0.25, 8, 4, true}, 2, 0, kTokens),
+            HeadPattern(BlockShare{4, 0.125, 8, 4, true}));
   EXPECT_EQ(WidenedPattern(Dense{}, 2, 0, kTokens), HeadPattern(Dense{}));
 }
 

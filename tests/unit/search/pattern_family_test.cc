@@ -16,6 +16,7 @@ TEST(PatternFamily, ScaleMultipliesBudgetsAndDividesTheShare) {
   EXPECT_EQ(ScalePattern(BlockShare{4, 0.1}, 2), HeadPattern(BlockShare{4, 0.05}));
   EXPECT_EQ(ScalePattern(BlockShare{4, 0.1, 8}, 2), HeadPattern(BlockShare{4, 0.05, 8}));
   EXPECT_EQ(ScalePattern(BlockShare{4, 0.1, 0, 8}, 2), HeadPattern(BlockShare{4, 0.05, 0, 8}));
+  EXPECT_EQ(ScalePattern(BlockShare{4, 0.1, 8, 4, true}, 2), HeadPattern(BlockShare{4, 0.05, 8, 4, true}));
   EXPECT_EQ(ScalePattern(Dense(), 0.1), HeadPattern(Dense()));
 }
 

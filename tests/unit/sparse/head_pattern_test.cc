@@ -28,6 +28,10 @@ TEST(ParseHeadPattern, ReadsEveryFormAndWritesItBack) {
       {"block-share:4,0.1,0,8", BlockShare{4, 0.1, 0, 8}},
       {"block-share:8,0.01,8,4", BlockShare{8, 0.01, 8, 4}},
       {"block-share:0,0.5,0,16", BlockShare{0, 0.5, 0, 16}},
+      {"block-share:4,0.1,fp8", BlockShare{.outliers = 4, .min_share = 0.1, .fp8 = true}},
+      {"block-share:4,0.01,8,fp8", BlockShare{4, 0.01, 8, 0, true}},
+      {"block-share:4,0.1,0,8,fp8", BlockShare{4, 0.1, 0, 8, true}},
+      {"block-share:8,0.01,8,8,fp8", BlockShare{8, 0.01, 8, 8, true}},
   };
   for (const auto& [text, pattern] : cases) {
     LF_ASSERT_OK_AND_ASSIGN(const HeadPattern parsed, ParseHeadPattern(text));
@@ -63,6 +67,20 @@ TEST(ParseHeadPattern, RefusesWhatIsNotExactlyAForm) {
                            "block-share:4.0,0.2",
                            "block-share:4,0.2,",
                            "block-share:4,0.2,0",
+                           "block-share:fp8",
+                           "block-share:4,fp8",
+                           "block-share:,fp8",
+                           "block-share:4,0.1,fp8,8",
+                           "block-share:4,0.1,8,fp16",
+                           "block-share:4,0.1,8,FP8",
+                           "block-share:4,0.1,8, fp8",
+                           "block-share:4,0.1,8,,fp8",
+                           "block-share:4,0.1,8,fp8,",
+                           "block-share:4,0.1,fp8,fp8",
+                           "block-share:4,0.1,0,fp8",
+                           "block-share:4,0.1,8,0,fp8",
+                           "block-sparse:4,fp8",
+                           "dense,fp8",
                            "block-share:4,0.2,1.5",
                            "block-share:4,0.1,0,0",
                            "block-share:4,0.1,8,0",
@@ -98,6 +116,7 @@ TEST(ParseHeadPattern, NamesFieldAndValueOfABadBudget) {
       {"block-share:4,0.1,0,17", "coarse 17 is not in [0, 16]"},
       {"block-share:4,0.1,0,-1", "coarse -1"},
       {"block-share:4,0.1,8,9", "coarse 9 is not in [0, 8]"},
+      {"block-share:4,0.1,8,9,fp8", "coarse 9 is not in [0, 8]"},
       {"block-share:4,0", "min_share 0 is not in [1e-30, 1]"},
       {"block-share:4,1e-50", "min_share 1e-50"},
       {"block-share:4,-0.2", "min_share -0.2"},
@@ -120,7 +139,8 @@ TEST(ParseHeadPattern, SurvivesMutatedText) {
                                "block-share:4,0.2",
                                "block-share:4,0.01,8",
                                "block-share:4,0.1,0,8",
-                               "block-share:8,0.01,8,4"};
+                               "block-share:8,0.01,8,4",
+                               "block-share:8,0.01,8,4,fp8"};
   for (int i = 0; i < 50000; ++i) {
     std::string text = seeds[random() % std::size(seeds)];
     for (uint32_t edits = random() % 4; edits > 0 && !text.empty(); --edits) {

@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/oracle/oracle.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -193,6 +194,45 @@ TEST(Oracle, SharesOfTwoLevelsAreOfTheLargerSum) {
   EXPECT_NEAR(selection.shares[44][40], 0.2, 1e-12);       // not a quarter
   EXPECT_NEAR(selection.shares[43][40], 0.2, 1e-12);       // not a third
   EXPECT_NEAR(selection.shares[15][10], 1 / 15.0, 1e-12);  // one coarse block is open
+}
+
+TEST(Oracle, Fp8RoundsQueriesAndWhatRepresentsABlockToFourBits) {
+  const int64_t n = 6 * 64 + 1;
+  const std::vector<float> q(n, 1.0625F);  // between 1 and 1.125, of which 1 is even
+  std::vector<float> k(n, 0);
+  k[100] = 2.9375F;           // an outlier of block 1: between 2.75 and 3, nearer to 3
+  k[4 * 64 + 3] = 0x1.8p-8F;  // of block 4, by itself 1.5 times a power of two
+  const auto score = [](double share_of_it, double share_of_0) { return std::log(share_of_it / share_of_0); };
+  const auto exact = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.5}).shares[6];
+  EXPECT_NEAR(score(exact[1], exact[5]), 1.0625 * 2.9375, 1e-12);
+  const auto rounded = SelectByShare(q.data(), k.data(), n, 1, 1, {1, 0.5, 0, 0, true}).shares[6];
+  EXPECT_NEAR(score(rounded[1], rounded[5]), 3, 1e-12);
+  EXPECT_NEAR(score(rounded[4], rounded[5]), 0x1.8p-8, 1e-12);
+}
+
+// The largest element of what is rounded together decides about the spacing of small ones.
+TEST(Oracle, Fp8HasOnePowerOfTwoForEachQueryAndForTheKeysOfABlock) {
+  const int64_t n = 6 * 64 + 3, dim = 2;
+  std::vector<float> q(n * dim, 0), k(n * dim, 0);
+  const auto shares = [&](int64_t samples) {
+    return SelectByShare(q.data(), k.data(), n, dim, 1, {0, 0.5, samples, 0, true}).shares[6];
+  };
+  const auto set = [&](std::vector<float>* x, int64_t row, std::vector<float> values) {
+    std::ranges::copy(values, x->begin() + row * dim);
+  };
+  // 2^-17 beside 1 is half a step, 1.5 * 2^-17 three quarters of one.
+  for (int64_t key = 64; key < 128; ++key) set(&k, key, {0, 0x1p17F});
+  for (const auto& [small, score] : {std::pair{0x1p-17F, 0.0}, {0x1.8p-17F, 2.0}}) {
+    for (int64_t row = 6 * 64; row < n; ++row) set(&q, row, {1, small});
+    EXPECT_NEAR(shares(0)[1], std::exp(score) / (std::exp(score) + 5), 1e-12);
+  }
+  // Of the last row block, whose second key, behind its first row, has the large element.
+  std::ranges::fill(k, 0.0F);
+  for (int64_t row = 6 * 64; row < n; ++row) set(&q, row, {16, 0});
+  set(&k, 6 * 64, {0.375F, 0});
+  EXPECT_NEAR(shares(1)[1], 64 / (6 * 64 + std::exp(6)), 1e-12);
+  set(&k, 6 * 64 + 1, {0, 0x1p15F});
+  EXPECT_NEAR(shares(1)[1], 64 / (6 * 64 + std::exp(8)), 1e-12);
 }
 
 TEST(Oracle, AttentionIsTheMeanOfTheCoveredValuesForEqualScores) {

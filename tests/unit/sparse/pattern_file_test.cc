@@ -191,14 +191,14 @@ TEST(OwnPatternForm, IsReadBack) {
 TEST(OwnPatternForm, HasEveryPatternThatCanBeNamed) {
   PatternSet set = OwnSet();
   set.Set(0, 0, BlockShare{4, 0.2}, 0.99);
-  set.Set(1, 1, BlockShare{4, 0.01, 8}, 0.5);
+  set.Set(1, 1, BlockShare{4, 0.01, 8, 0, /*fp8=*/true}, 0.5);
   LF_ASSERT_OK_AND_ASSIGN(const std::string text, FormatPatterns(set));
   LF_ASSERT_OK_AND_ASSIGN(const PatternSet again, ParsePatterns(text, "own", 2, 2));
   EXPECT_EQ(again, set);
   const nlohmann::json json = nlohmann::json::parse(text);
   EXPECT_EQ(json[0]["0"].dump(), R"(["vertical_and_slash",1000,6096,0.99])");
   EXPECT_EQ(json[2]["longfill"]["exact"]["0"]["0"], "block-share:4,0.2");
-  EXPECT_EQ(json[2]["longfill"]["exact"]["1"]["1"], "block-share:4,0.01,8");
+  EXPECT_EQ(json[2]["longfill"]["exact"]["1"]["1"], "block-share:4,0.01,8,fp8");
 }
 
 // Readers of the published form take layer i of the list, int() of every key, and four values of each.

@@ -105,7 +105,7 @@ class Client:
         """Prefills one prompt and fetches its KV cache from all ranks while later layers compute.
 
         ids: token ids of the prompt, integers of at most 32 bits. attention: "auto", "dense", "a-shape:N_INIT,N_LOCAL",
-        "vertical-slash:V,S", "block-sparse:K" or "block-share:R,TAU[,S[,C]]"; a path object is a pattern file, read here.
+        "vertical-slash:V,S", "block-sparse:K" or "block-share:R,TAU[,S[,C]][,fp8]"; a path object is a pattern file, read here.
         logits: "last" or the positions wanted. on_progress is called in this thread. kv_dtype: "float32", "bfloat16", "float16", or None for what the service
         computes in. coverage: "tiles", "parity".
         recall_monitor: measure, on some rows, what share of the softmax weight sparse attention covers; figures["recall"]

@@ -16,8 +16,9 @@ struct ShareMaps {
   CUtensorMap own_keys;  // [1, num_rows, head_dim], where there are samples
 };
 
-// Instantiated for bfloat16 and float16, head dims 64, 96 and 128.
-template <DType kDType, int kHeadDim>
+// Instantiated for queries in bfloat16 and float16, head dims 64, 96 and 128, and stages of the same or of
+// E4M3.
+template <DType kDType, int kHeadDim, bool kFp8>
 absl::Status LaunchShareSelection(const ShareSelectionArgs& args, int64_t num_tiles, const ShareMaps& maps,
                                   cudaStream_t stream);
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/hopper/index/e4m3_products.cuh"
 #include "kernels/cuda/hopper/index/score_list.cuh"
 #include "kernels/cuda/hopper/index/share_memory.cuh"
 #include "kernels/cuda/hopper/key_products.cuh"
@@ -14,10 +15,11 @@
 
 namespace longfill::cuda::hopper::share {
 
-template <typename Element, int kHeadDim>
+// Element is that of queries, ShapeOf what they are multiplied with.
+template <typename Element, typename ShapeOf>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const ShareSelectionArgs& args, int row_block, Memory<kHeadDim>* memory)
+  __device__ __forceinline__ Consumer(const ShareSelectionArgs& args, int row_block, Memory<ShapeOf>* memory)
       : args_(args),
         tile_(memory->tile),
         memory_(*memory),
@@ -37,9 +39,9 @@ class Consumer {
   }
 
  private:
-  using ShapeOf = Shape<kHeadDim>;
-  using Ring = typename Memory<kHeadDim>::Ring;
-  static constexpr int kStages = Memory<kHeadDim>::kStages;
+  using Ring = typename Memory<ShapeOf>::Ring;
+  static constexpr int kStages = Memory<ShapeOf>::kStages;
+  static constexpr bool kFp8 = Memory<ShapeOf>::kFp8;
 
   __device__ __forceinline__ static int FirstRowOfWarp() { return attention::Thread() / 32 * 16; }
   __device__ __forceinline__ ScoreEntry* entries() const { return memory_.entries[attention::Thread() / 32]; }
@@ -47,11 +49,33 @@ class Consumer {
   __device__ __forceinline__ void LoadQueries() {
     const char* q = static_cast<const char*>(args_.q) +
                     2 * (tile_.head() * args_.q_head_stride + tile_.first_row() * args_.q_row_stride);
+    if constexpr (kFp8) {
+      E4m3Queries<Element, ShapeOf> queries;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = RowOf(half);
-      LoadQueryRow(q + 2 * row * args_.q_row_stride, row < tile_.num_rows(), half, &q_);
+      for (int half = 0; half < 2; ++half) {
+        const int row = RowOf(half);
+        queries.Load(q + 2 * row * args_.q_row_stride, row < tile_.num_rows(), half);
+      }
+      const E4m3Scale scale = E4m3Scale::Of(LargestOfRowBlock(queries.Largest()));
+      queries.Round(scale.scale, &q_);
+      rows_.ScaleBy(scale.inverse);
+      scaled_bonus_ = args_.sample_bonus * scale.scale;
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = RowOf(half);
+        LoadQueryRow(q + 2 * row * args_.q_row_stride, row < tile_.num_rows(), half, &q_);
+      }
     }
+  }
+  __device__ __forceinline__ float LargestOfRowBlock(float largest) {
+    largest = share_selection::WarpMax(largest);
+    float* const of_warps = memory_.largest_query + 4 * row_block_;
+    if (attention::Lane() == 0) of_warps[thread_ / 32] = largest;
+    SyncWarpgroup(row_block_);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, of_warps[i]);
+    return largest;
   }
 
   __device__ __forceinline__ void ClearBits() {
@@ -73,7 +97,12 @@ class Consumer {
 
   // Starts products = q stage^T, a group.
   __device__ __forceinline__ void Multiply(uint32_t stage, float (&products)[32]) {
-    MultiplySlotKeys<Element, ShapeOf>(q_, SharedAddress(memory_.stages[stage]), products);
+    const uint32_t address = SharedAddress(memory_.stages[stage]);
+    if constexpr (kFp8) {
+      MultiplyStage<ShapeOf>(q_, address, products);
+    } else {
+      MultiplySlotKeys<Element, ShapeOf>(q_, address, products);
+    }
     EndProducts();
   }
   __device__ __forceinline__ void RaiseScores(const float (&products)[32]) {
@@ -128,16 +157,42 @@ class Consumer {
     RaiseScores(products);
   }
   // Scores of 64 blocks, of which each representative is a stage.
-  __device__ __forceinline__ void ScoreBlocks(Ring* ring, RingPlace<kStages>* place) {
+  template <int kCount>
+  __device__ __forceinline__ void ScoreBlocks(Ring* ring, RingPlace<kStages>* place,
+                                              const BlockScales<kFp8, kCount>& scales, uint32_t number) {
     MultiplyFirst(ring, place);
     int others = args_.num_representatives - 1;
     if (args_.num_samples > 0) {
       MultiplyStages(args_.num_samples - 1, ring, place);
       others -= args_.num_samples - 1;
+      if constexpr (kFp8) {
+        ForEachScore(scales.of_block[number],
+                     [&](float score, float scale) { return fmaf(scaled_bonus_, Inverse(scale), score); });
+      } else {
 #pragma unroll
-      for (int i = 0; i < 32; ++i) rows_.scores[0][i / 4][i % 4] += args_.sample_bonus;
+        for (int i = 0; i < 32; ++i) rows_.scores[0][i / 4][i % 4] += args_.sample_bonus;
+      }
     }
     MultiplyStages(others, ring, place);
+    if constexpr (kFp8)
+      ForEachScore(scales.of_block[number], [](float score, float scale) { return score * scale; });
+  }
+  // Of a power of two.
+  __device__ __forceinline__ static float Inverse(float scale) {
+    return __uint_as_float((254U << 23) - __float_as_uint(scale));
+  }
+  // score = change(score, scale of its block)
+  template <typename Change>
+  __device__ __forceinline__ void ForEachScore(const float (&scales)[kChunkBlocks], const Change& change) {
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+      const float2 of_columns = *reinterpret_cast<const float2*>(scales + 8 * n + attention::Lane() % 4 * 2);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& score = rows_.scores[0][n][e];
+        score = change(score, e % 2 == 0 ? of_columns.x : of_columns.y);
+      }
+    }
   }
   __device__ __forceinline__ void Skip(int count, Ring* ring, RingPlace<kStages>* place) {
     for (; count > 0; --count) GiveBack(ring, Take(ring, place));
@@ -151,6 +206,11 @@ class Consumer {
         continue;
       }
       MultiplyFirst(&memory_.chunks, &place_);
+      if constexpr (kFp8) {
+        const float scale = tile_.Exists(i) ? args_.own_scales[tile_.first_row() / kRowBlock + i] : 0;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) rows_.scores[0][j / 4][j % 4] *= scale;
+      }
       rows_.MaskLater(FirstRowOfWarp() % int{kRowBlock});
       rows_.Accumulate();
     }
@@ -160,7 +220,7 @@ class Consumer {
   // thresholds are close to the last ones soon.
   __device__ __forceinline__ void Sweep() {
     const int32_t blocks_before = tile_.BlocksBefore(row_block_);
-    for (RingPlace<Memory<kHeadDim>::kChunks> chunk;; chunk.Next()) {
+    for (RingPlace<Memory<ShapeOf>::kChunks> chunk;; chunk.Next()) {
       Wait(&memory_.chunks.full[place_.place], place_.parity);
       const Eight(&eights)[kEights] = memory_.eights[chunk.place];
       if (InAllLanes(eights[0].number_and_open == kNoMore.number_and_open)) break;
@@ -169,7 +229,7 @@ class Consumer {
         Skip(args_.num_representatives, &memory_.chunks, &place_);
         continue;
       }
-      ScoreBlocks(&memory_.chunks, &place_);
+      ScoreBlocks(&memory_.chunks, &place_, memory_.chunk_scales, chunk.place);
       if (open != 0xFF || eights[kEights - 1].first_block() + 8 > blocks_before) {
         rows_.Mask([&](int n) { return (open >> n & 1) != 0 ? blocks_before - eights[n].first_block() : 0; });
       }
@@ -232,7 +292,7 @@ class Consumer {
       Wait(&memory_.list_full[list], FullParity<kLists>(n));
       const int size = memory_.list_size[list];
       if (InAllLanes(size == 0)) return;
-      ScoreBlocks(&memory_.gathered, &place);
+      ScoreBlocks(&memory_.gathered, &place, memory_.list_scales, static_cast<uint32_t>(list));
       // Blocks that the rows do not see may get votes; their bits are not set, so nothing clears them.
       const uint64_t votes = rows_.Votes();
       uint64_t* const votes_of_row_block = memory_.votes[n % 2] + 4 * row_block_;
@@ -249,11 +309,12 @@ class Consumer {
 
   const ShareSelectionArgs& args_;
   const Tile& tile_;
-  Memory<kHeadDim>& memory_;
+  Memory<ShapeOf>& memory_;
   const int row_block_;       // of the tile
   const int thread_;          // of the warpgroup
   RingPlace<kStages> place_;  // of the first sweep
-  uint32_t q_[kHeadDim / 16][4];
+  uint32_t q_[ShapeOf::kSteps][4];
+  float scaled_bonus_ = 0;  // as queries are
   share_selection::RowScores<1> rows_;
   ScoreList list_;
   bool spilled_ = false;  // this warp

@@ -32,10 +32,11 @@ using Tile = share_selection::ShareTile<kTileRows>;
 inline constexpr int kWarps = 4 * kRowBlocks;  // that consume
 inline constexpr int kConsumerThreads = 32 * kWarps;
 inline constexpr int kThreads = kConsumerThreads + kWarpgroupThreads;
-// The launch gives 128 to each of 512 threads; these are dealt anew.
-inline constexpr int kConsumerRegisters = 160;
-inline constexpr int kProducerRegisters = 32;
-static_assert(kRowBlocks * kConsumerRegisters + kProducerRegisters <= 4 * 128);
+// The launch gives 128 to each of 512 threads; these are dealt anew. Queries in E4M3 take half as many.
+template <bool kFp8>
+inline constexpr int kConsumerRegisters = kFp8 ? 152 : 160;
+template <bool kFp8>
+inline constexpr int kProducerRegisters = 4 * 128 - kRowBlocks* kConsumerRegisters<kFp8>;
 static_assert(kChunkBlocks == kSlotKeys);
 
 // Of a warp that gives back, or of the warp that has brought something.
@@ -80,9 +81,36 @@ struct StageRing {
   }
 };
 
+// Stages as they lie in shared memory: of 16-bit elements, or of E4M3.
 template <int kHeadDim>
+struct WideShape : Shape<kHeadDim> {
+  static constexpr int kElementBytes = 2;
+  static constexpr int kSteps = kHeadDim / 16;  // of a product
+};
+template <int kHeadDimOf>
+struct E4m3Shape {
+  static constexpr int kElementBytes = 1;
+  static constexpr int kHeadDim = kHeadDimOf;
+  static constexpr int kSteps = kHeadDim / 32;
+  static constexpr int kBlockDims = kHeadDim % 128 == 0 ? 128 : kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kBlocks = kHeadDim / kBlockDims;
+  static constexpr int kRowBytes = kBlockDims;
+  static constexpr int kBlockBytes = kSlotKeys * kRowBytes;
+  static constexpr int kSlotBytes = kBlocks * kBlockBytes;
+};
+
+// Factors of products with the blocks of a chunk or of a list; with 16-bit elements there are none.
+template <bool kFp8, int kCount>
+struct BlockScales {
+  float of_block[kCount][kChunkBlocks];
+};
+template <int kCount>
+struct BlockScales<false, kCount> {};
+
+template <typename ShapeOfStage>
 struct alignas(1024) Memory {
-  using ShapeOf = Shape<kHeadDim>;
+  using ShapeOf = ShapeOfStage;
+  static constexpr bool kFp8 = ShapeOf::kElementBytes == 1;
   static constexpr int kStages = (128 << 10) / ShapeOf::kSlotBytes;
   static constexpr int kChunks = kStages + 1;
   using Ring = StageRing<kStages>;
@@ -93,6 +121,9 @@ struct alignas(1024) Memory {
   uint64_t votes[2][kWarps];            // for even and odd lists
   int32_t lists[kLists][kChunkBlocks];  // list n of candidates at n % kLists
   int32_t list_size[kLists];            // 0: there are no more
+  alignas(16) BlockScales<kFp8, kChunks> chunk_scales;
+  BlockScales<kFp8, kLists> list_scales;
+  float largest_query[kWarps];  // of each warp's rows, where queries are rounded
   Tile tile;
   // Of chunk n at n % kChunks, ascending. A chunk that is brought is at most kStages after one that is
   // judged.
@@ -104,8 +135,8 @@ struct alignas(1024) Memory {
 };
 
 // One thread, before anybody uses it.
-template <int kHeadDim>
-__device__ __forceinline__ void Init(const ShareSelectionArgs& args, Memory<kHeadDim>* memory) {
+template <typename ShapeOf>
+__device__ __forceinline__ void Init(const ShareSelectionArgs& args, Memory<ShapeOf>* memory) {
   new (&memory->tile) Tile(args);
   memory->spilled = 0;
   memory->chunks.Init(kArrivalsOfWarp);

@@ -13,11 +13,11 @@
 
 namespace longfill::cuda::hopper::share {
 
-template <int kHeadDim>
+template <typename ShapeOf>
 class Producer {
  public:
   __device__ __forceinline__ Producer(const ShareSelectionArgs& args, const ShareMaps& maps,
-                                      Memory<kHeadDim>* memory)
+                                      Memory<ShapeOf>* memory)
       : args_(args),
         maps_(maps),
         tile_(memory->tile),
@@ -31,8 +31,7 @@ class Producer {
   }
 
  private:
-  using ShapeOf = Shape<kHeadDim>;
-  static constexpr int kStages = Memory<kHeadDim>::kStages;
+  static constexpr int kStages = Memory<ShapeOf>::kStages;
 
   // The keys of each row block, where there are samples, then chunks from the nearest to the first. One warp.
   __device__ __forceinline__ void BringChunks() {
@@ -118,6 +117,14 @@ class Producer {
   // What consumers read of the chunk when its first stage is there.
   __device__ __forceinline__ void Describe(Eight eight) {
     if (thread_ < kEights) memory_.eights[chunk_.place][thread_] = eight;
+    if constexpr (Memory<ShapeOf>::kFp8) {
+      // Four lanes for each eight.
+      const int32_t block =
+          __shfl_sync(attention::kAllLanes, eight.first_block(), thread_ / 4) + thread_ % 4 * 2;
+      const float2 scales =
+          block < 0 ? float2{1, 1} : *reinterpret_cast<const float2*>(args_.block_scales + block);
+      *reinterpret_cast<float2*>(memory_.chunk_scales.of_block[chunk_.place] + 2 * thread_) = scales;
+    }
     __syncwarp();
   }
   // Rows from `row` of a plane on, as many as the map has in a box, to row `to_row` of the stage. One thread.
@@ -125,7 +132,7 @@ class Producer {
     const uint32_t to = SharedAddress(memory_.stages[place_.place]) + to_row * ShapeOf::kRowBytes;
 #pragma unroll
     for (int i = 0; i < ShapeOf::kBlocks; ++i) {
-      CopyBox(to + i * ShapeOf::kBlockBytes, &map, i * ShapeOf::kBlockDims, row, plane,
+      CopyBox(to + i * ShapeOf::kBlockBytes, &map, i * (ShapeOf::kRowBytes / 2), row, plane,
               &memory_.chunks.full[place_.place]);
     }
   }
@@ -141,6 +148,12 @@ class Producer {
         const int size = share_selection::GatherBlocks(
             tile_.num_chunks(), [&](int32_t w) { return CandidatesIn(w); }, memory_.lists[list], &word);
         if (thread_ == 0) memory_.list_size[list] = size;
+        if constexpr (Memory<ShapeOf>::kFp8) {
+          __syncwarp();  // the list is there
+          for (int i = thread_; i < kChunkBlocks; i += 32) {
+            memory_.list_scales.of_block[list][i] = i < size ? args_.block_scales[memory_.lists[list][i]] : 1;
+          }
+        }
       }
       SyncWarpgroup(kRowBlocks);
       if (thread_ < kArrivalsOfWarp) Arrive(&memory_.list_full[list]);
@@ -168,12 +181,14 @@ class Producer {
   __device__ __forceinline__ void Gather(const int32_t* list, int size, int r, uint32_t to) const {
     constexpr int kPieces = ShapeOf::kRowBytes / 16;  // of a row of a block
     constexpr int kRowsAtOnce = kWarpgroupThreads / kPieces;
-    const char* const plane = static_cast<const char*>(args_.representatives) + 2 * r * args_.plane_stride;
+    const char* const plane =
+        static_cast<const char*>(args_.representatives) + ShapeOf::kElementBytes * r * args_.plane_stride;
     const int piece = thread_ % kPieces;
 #pragma unroll 2
     for (int i = thread_ / kPieces; i < kChunkBlocks; i += kRowsAtOnce) {
       const bool valid = i < size;
-      const char* from = plane + (valid ? int64_t{list[i]} : 0) * (2 * kHeadDim) + piece * 16;
+      const char* from =
+          plane + (valid ? int64_t{list[i]} : 0) * (ShapeOf::kElementBytes * ShapeOf::kHeadDim) + piece * 16;
       const int line = i * ShapeOf::kRowBytes / 128;
       const uint32_t at = to + i * ShapeOf::kRowBytes + (piece ^ line % kPieces) * 16;
 #pragma unroll
@@ -186,10 +201,10 @@ class Producer {
   const ShareSelectionArgs& args_;
   const ShareMaps& maps_;
   const Tile& tile_;
-  Memory<kHeadDim>& memory_;
+  Memory<ShapeOf>& memory_;
   const int thread_;  // of the warpgroup
   RingPlace<kStages> place_;
-  RingPlace<Memory<kHeadDim>::kChunks> chunk_;
+  RingPlace<Memory<ShapeOf>::kChunks> chunk_;
 };
 
 }  // namespace longfill::cuda::hopper::share

@@ -2,9 +2,9 @@
 
 namespace longfill::cuda::hopper {
 
-template absl::Status LaunchShareSelection<DType::kBFloat16, 96>(const ShareSelectionArgs&, int64_t,
-                                                                 const ShareMaps&, cudaStream_t);
-template absl::Status LaunchShareSelection<DType::kFloat16, 96>(const ShareSelectionArgs&, int64_t,
-                                                                const ShareMaps&, cudaStream_t);
+template absl::Status LaunchShareSelection<DType::kBFloat16, 96, false>(const ShareSelectionArgs&, int64_t,
+                                                                        const ShareMaps&, cudaStream_t);
+template absl::Status LaunchShareSelection<DType::kFloat16, 96, false>(const ShareSelectionArgs&, int64_t,
+                                                                       const ShareMaps&, cudaStream_t);
 
 }  // namespace longfill::cuda::hopper

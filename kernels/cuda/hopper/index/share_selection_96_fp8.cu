@@ -1,0 +1,10 @@
+#include "kernels/cuda/hopper/index/launch_share_selection.cuh"
+
+namespace longfill::cuda::hopper {
+
+template absl::Status LaunchShareSelection<DType::kBFloat16, 96, true>(const ShareSelectionArgs&, int64_t,
+                                                                       const ShareMaps&, cudaStream_t);
+template absl::Status LaunchShareSelection<DType::kFloat16, 96, true>(const ShareSelectionArgs&, int64_t,
+                                                                      const ShareMaps&, cudaStream_t);
+
+}  // namespace longfill::cuda::hopper
