@@ -116,6 +116,21 @@ absl::Status Transformer::Embed(std::span<const int32_t> ids) {
   });
 }
 
+absl::Status Transformer::CopyHiddenOut(void* to) { return CopyHidden(to, residual_.data()); }
+
+absl::Status Transformer::CopyHiddenIn(const void* from) { return CopyHidden(residual_.data(), from); }
+
+absl::Status Transformer::CopyHidden(void* to, const void* from) {
+  const int64_t row_bytes = config_.hidden_size * DTypeBytes(dtype_);
+  return kernels_.Copy2D({.to = to,
+                          .to_pitch = row_bytes,
+                          .from = from,
+                          .from_pitch = row_bytes,
+                          .row_bytes = row_bytes,
+                          .rows = num_tokens_},
+                         stream_);
+}
+
 absl::Status Transformer::RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
                                    const LayerParallelism& parallel, const LayerCallbacks& callbacks) {
   for (const HeadPattern& pattern : patterns) {  // no key outside of the window may count

@@ -135,6 +135,12 @@ class Transformer {
   absl::Status RunLayer(int64_t layer, std::span<const HeadPattern> patterns,
                         const LayerParallelism& parallel, const LayerCallbacks& callbacks);
 
+  // What goes from layer to layer, [num_tokens, hidden_size] of this rank in the compute dtype, to run layers
+  // again from where it was taken: copied to or from `hidden_bytes` of the backend's memory, enqueued.
+  int64_t hidden_bytes() const { return residual_.size_bytes(); }
+  absl::Status CopyHiddenOut(void* to);
+  absl::Status CopyHiddenIn(const void* from);
+
   // Final norm and LM head of some local rows. logits: [rows.size(), vocab_size], written at return.
   absl::Status Logits(std::span<const int64_t> rows, std::span<float> logits);
 
@@ -147,6 +153,7 @@ class Transformer {
   Transformer(const ModelConfig& config, const ModelWeights& weights, Backend& backend, const ShardPlan& plan,
               int rank, RotaryTable rotary);
   absl::Status Allocate(MemoryResource& kv_memory);
+  absl::Status CopyHidden(void* to, const void* from);
   template <typename Body>
   absl::Status ForEachChunk(const std::function<absl::Status()>& should_stop, Body body);
   absl::Status Attend(int64_t layer, std::span<const HeadPattern> patterns, const LayerParallelism& parallel,

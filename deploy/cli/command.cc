@@ -196,7 +196,7 @@ void AddPatternOptions(CLI::App& app, ModelOptions& options) {
          "--patterns", options.patterns_path,
          "what 'auto' uses for longer prompts: a pattern file, or a directory of them, where the file is\n"
          "found by the model's name: NAME.json, that which MInference publishes, or patterns.json\n"
-         "(default: patterns.json of the model directory, else block-share:8,0.01,8)")
+         "(default: patterns.json of the model directory, else block-share:8,0.01,8,fp8)")
       ->type_name("FILE|DIR");
 }
 
@@ -343,8 +343,9 @@ CLI::Option* AddPromptOptions(CLI::App& app, std::string_view recall_otherwise, 
   app.add_option(
          "--attention", options.attention,
          "dense; a-shape:N_INIT,N_LOCAL; vertical-slash:V,S; block-sparse:K (forced blocks count within K);\n"
-         "block-share:R,TAU[,S[,C]] (blocks to which a row gives a share of TAU, judged by R outlying keys\n"
-         "and the mean, or S > 0 sampled keys; with C, first by 512 keys, judged by C of them);\n"
+         "block-share:R,TAU[,S[,C]][,fp8] (blocks to which a row gives a share of TAU, judged by R outlying\n"
+         "keys and the mean, or S > 0 sampled keys; with C, first by 512 keys, judged by C of them; with\n"
+         "fp8, by queries and keys rounded to 8 bits);\n"
          "a pattern file in the published JSON form; or auto (default)")
       ->type_name("SPEC");
   app.add_option(

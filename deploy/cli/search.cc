@@ -283,10 +283,18 @@ void AddTargets(CLI::App& app, SearchCommandOptions& options) {
   app.add_option(
          "--value", options.value,
          "what makes a candidate good: recall, over all sampled rows; end (default), --end-share of it that\n"
-         "over the last 64 rows, where a question stands and decoding goes on; or error, of the output")
+         "over the last 64 rows, where a question stands and decoding goes on; answers, recall, where heads\n"
+         "that decide what the model says next keep what they have with --reference for the last rows; or\n"
+         "error, of the output")
       ->type_name("WHAT")
-      ->check(CLI::IsMember({"end", "error", "recall"}));
+      ->check(CLI::IsMember({"answers", "end", "error", "recall"}));
   app.add_option("--end-share", options.end_share, "of --value end: what the last rows count (default: 0.5)")
+      ->type_name("X")
+      ->check(CLI::Range(0.0, 1.0));
+  app.add_option(
+         "--answer-share", options.answer_share,
+         "of --value answers: the part of all influence on the next token that the heads with most of it\n"
+         "have together, which keep what they have (default: 0.95)")
       ->type_name("X")
       ->check(CLI::Range(0.0, 1.0));
   app.add_option("--target-tokens", options.target_tokens,

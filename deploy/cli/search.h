@@ -36,7 +36,8 @@ struct SearchCommandOptions {
   double mean_recall = 0;  // 0: not given
   double head_recall = 0;  // 0: not given
   std::string value = "end";
-  double end_share = -1;  // below 0: not given
+  double end_share = -1;     // below 0: not given
+  double answer_share = -1;  // below 0: not given
   std::string coverage = "tiles";
   std::vector<int64_t> target_tokens;  // empty: the longest sample's; per_length: those of all samples
   bool per_length = false;

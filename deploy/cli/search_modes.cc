@@ -60,6 +60,25 @@ absl::StatusOr<std::vector<HeadPattern>> Families(const SearchCommandOptions& op
   return families;
 }
 
+SearchValue ValueNamed(const std::string& name) {
+  if (name == "answers") return SearchValue::kAnswers;
+  if (name == "error") return SearchValue::kError;
+  return name == "recall" ? SearchValue::kRecall : SearchValue::kEnd;
+}
+
+// --end-share or --answer-share, which belongs to one value alone; below 0: it is not given.
+absl::Status TakeShare(const SearchCommandOptions& options, std::string_view value, double given,
+                       double* share) {
+  if (given < 0) return absl::OkStatus();
+  if (options.value != value) {
+    const char* const option = value == "end" ? "--end-share " : "--answer-share ";
+    return absl::InvalidArgumentError(absl::StrCat(option, given, " is a share of --value ",
+                                                   std::string(value), ", the value is ", options.value));
+  }
+  *share = given;
+  return absl::OkStatus();
+}
+
 absl::StatusOr<SearchOptions> MakeSearchOptions(const SearchCommandOptions& options,
                                                 const SearchInput& input) {
   SearchOptions search;
@@ -79,14 +98,9 @@ absl::StatusOr<SearchOptions> MakeSearchOptions(const SearchCommandOptions& opti
         absl::StrCat("--target-tokens: no sample has ", length, " tokens, a length at which time counts"));
   }
   search.target_lengths.assign(targets.begin(), targets.end());
-  search.value = options.value == "error"    ? SearchValue::kError
-                 : options.value == "recall" ? SearchValue::kRecall
-                                             : SearchValue::kEnd;
-  if (options.end_share >= 0 && search.value != SearchValue::kEnd) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--end-share ", options.end_share, " is a share of --value end, the value is ", options.value));
-  }
-  if (options.end_share >= 0) search.end_share = options.end_share;
+  search.value = ValueNamed(options.value);
+  LF_RETURN_IF_ERROR(TakeShare(options, "end", options.end_share, &search.end_share));
+  LF_RETURN_IF_ERROR(TakeShare(options, "answers", options.answer_share, &search.answer_share));
   if (options.mean_recall > 0) {
     search.mean_value = options.mean_recall;
   } else {
@@ -157,6 +171,8 @@ Json DescribeTarget(const SearchCommandOptions& options, const SearchOptions& se
   return {{"value", options.value},
           {"end_share",
            optional(search.value == SearchValue::kEnd ? std::optional(search.end_share) : std::nullopt)},
+          {"answer_share", optional(search.value == SearchValue::kAnswers ? std::optional(search.answer_share)
+                                                                          : std::nullopt)},
           {"time", optional(search.time_share)},
           {"recall", optional(search.mean_value)},
           {"head_recall", search.head_recall}};
@@ -177,6 +193,16 @@ Json ToJson(const std::vector<SearchSeconds>& lengths) {
                     {"seconds", length.seconds},
                     {"reference_seconds", length.reference},
                     {"share_of_reference", length.seconds / length.reference}});
+  }
+  return json;
+}
+
+// [layer, head, influence] of each.
+Json DecisiveHeadsToJson(const SearchResult& result, int64_t num_heads) {
+  Json json = Json::array();
+  for (const size_t place : result.decisive) {
+    const auto at = static_cast<int64_t>(place);
+    json.push_back({at / num_heads, at % num_heads, result.influence[place]});
   }
   return json;
 }
@@ -218,6 +244,15 @@ std::string ReportText(const SearchCommandOptions& options, const SearchResult& 
         &text, "attention and index at %d tokens, all heads, predicted: %.4g s, %.3f of %s (%.4g s)\n",
         length.num_tokens, length.seconds, length.seconds / length.reference, options.reference,
         length.reference);
+  }
+  if (json.contains("decisive_heads")) {
+    const Json& heads = json.at("decisive_heads");
+    absl::StrAppend(&text, heads.size(), " heads decide what is said next");
+    for (const Json& head : heads) {
+      absl::StrAppend(&text, &head == &heads.front() ? ": " : ", ", head[0].get<int64_t>(), "/",
+                      head[1].get<int64_t>());
+    }
+    absl::StrAppend(&text, heads.empty() ? "\n" : " (layer/head)\n");
   }
   if (result.num_refined > 0) absl::StrAppend(&text, result.num_refined, " heads refined\n");
   for (const auto& [pattern, count] : json.at("patterns").items()) {
@@ -302,6 +337,9 @@ absl::StatusOr<Found> SearchOnce(const SearchCommandOptions& options, const Sear
                    {"reference", ToJson(result.reference)},
                    {"share_of_reference", result.totals.seconds / result.reference.seconds},
                    {"refined_heads", result.num_refined}};
+  if (search.value == SearchValue::kAnswers) {
+    found.figures["decisive_heads"] = DecisiveHeadsToJson(result, model.config.num_q_heads);
+  }
   found.settings.update(DescribeTarget(options, found.search));
   found.seconds = SecondsSince(start);
   return found;

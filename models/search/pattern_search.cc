@@ -1,11 +1,13 @@
 #include "models/search/pattern_search.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 #include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/sparse/coverage.h"
+#include "models/search/influence.h"
 #include "models/search/pattern_family.h"
 
 namespace longfill {
@@ -47,6 +49,7 @@ class PatternSearch {
     LF_ASSIGN_OR_RETURN(result_.candidates, BalanceCandidates(table_, options_));
     LF_RETURN_IF_ERROR(FindCurves());
     LF_RETURN_IF_ERROR(ScoreAll());
+    if (options_.value == SearchValue::kAnswers) LF_RETURN_IF_ERROR(FindDecisiveHeads());
     LF_RETURN_IF_ERROR(Choose());
     if (options_.head_recall > 0) LF_RETURN_IF_ERROR(Refine());
     Conclude();
@@ -154,11 +157,34 @@ class PatternSearch {
     return absl::OkStatus();
   }
 
+  absl::Status FindDecisiveHeads() {
+    const auto shorter = [](const auto& a, const auto& b) { return a.size() < b.size(); };
+    const size_t shortest = std::min_element(samples_.begin(), samples_.end(), shorter)->size();
+    std::vector<std::vector<int32_t>> samples;
+    std::copy_if(samples_.begin(), samples_.end(), std::back_inserter(samples),
+                 [shortest](const auto& sample) { return sample.size() == shortest; });
+    ScorePassOptions pass = pass_;
+    pass.pass = "influence";
+    LF_ASSIGN_OR_RETURN(result_.influence,
+                        MeasureInfluence(model_, samples, options_.reference, world_, pass));
+    result_.decisive = DecisiveHeads(result_.influence, options_.answer_share);
+    for (const size_t place : result_.decisive) {
+      std::erase_if(scored_[place], [&](const ScoredPattern& pattern) { return !Serves(place, pattern); });
+    }
+    return absl::OkStatus();
+  }
+  // Whether a head may have the pattern: the reference, which is the first, and dense always.
+  bool Serves(size_t place, const ScoredPattern& pattern) const {
+    if (!std::ranges::binary_search(result_.decisive, place)) return true;
+    return pattern.last_recall >= scored_[place].front().last_recall;
+  }
+
   double ValueOf(const ScoredPattern& pattern) const {
     switch (options_.value) {
       case SearchValue::kEnd:
         return options_.end_share * pattern.last_recall + (1 - options_.end_share) * pattern.recall;
       case SearchValue::kRecall:
+      case SearchValue::kAnswers:
         return pattern.recall;
       case SearchValue::kError:
         return std::max(0.0, 1 - pattern.error);
@@ -232,7 +258,7 @@ class PatternSearch {
   void TakeCheapest(size_t place) {
     const ScoredPattern* best = nullptr;
     for (const ScoredPattern& pattern : scored_[place]) {
-      if (pattern.recall < options_.head_recall) continue;
+      if (pattern.recall < options_.head_recall || !Serves(place, pattern)) continue;
       if (best == nullptr || SecondsOf(pattern) < SecondsOf(*best)) best = &pattern;
     }
     LF_CHECK(best != nullptr);  // dense has recall 1

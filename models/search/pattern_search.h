@@ -23,7 +23,10 @@ enum class SearchValue : uint8_t {
   // (SearchOptions::end_share).
   kEnd,
   kRecall,  // mean recall over all sampled rows
-  kError,   // 1 - relative error of the output, not below 0
+  // The same; and heads that decide what the model says next (SearchOptions::answer_share) keep of the last
+  // rows' recall at least what they have with the reference.
+  kAnswers,
+  kError,  // 1 - relative error of the output, not below 0
 };
 
 struct SearchOptions {
@@ -37,6 +40,9 @@ struct SearchOptions {
   std::vector<int64_t> target_lengths;
   SearchValue value = SearchValue::kEnd;
   double end_share = 0.5;  // of the value kEnd, from 0 to 1: what the last rows count
+  // Of the value kAnswers, from 0 to 1: the part of all influence that the heads with most of it have
+  // together, which keep what they have for the last rows. It is measured on the shortest samples.
+  double answer_share = 0.95;
   // Exactly one: total time as a share of that of `reference` on all heads, kept at every target length, or
   // the mean value.
   std::optional<double> time_share;
@@ -86,6 +92,9 @@ struct SearchResult {
   std::vector<TradeOffPoint> curve;  // before refinement
   TradeOffPoint chosen;              // on it
   int64_t num_refined = 0;           // heads
+  // Of the value kAnswers: MeasureInfluence of all heads, [layer][head], and the places of those that decide.
+  std::vector<double> influence;
+  std::vector<size_t> decisive;
 };
 
 // Every rank calls this with equal arguments and gets an equal result. InvalidArgument: no sample has a

@@ -43,6 +43,16 @@ absl::Status CheckSample(const ModelConfig& config, std::span<const int32_t> ids
   return absl::OkStatus();
 }
 
+LayerCallbacks LoneCallbacks(const SamplePassOptions& options) {
+  LayerCallbacks callbacks;
+  callbacks.on_kv = [](int64_t, int64_t, HeadsView<const void>, HeadsView<const void>) {
+    return absl::OkStatus();
+  };
+  callbacks.should_stop = options.should_stop;
+  callbacks.agree = [](const absl::Status& mine) { return mine; };
+  return callbacks;
+}
+
 absl::Status RunSample(const SearchModel& model, std::span<const int32_t> ids, int64_t end_layer,
                        const SamplePassOptions& options, const SampleVisitor& visitor) {
   const ShardPlan plan(Mesh{1, 1}, static_cast<int64_t>(ids.size()));
@@ -61,12 +71,7 @@ absl::Status RunSample(const SearchModel& model, std::span<const int32_t> ids, i
     LF_RETURN_IF_ERROR(scorer->AttendFully(heads, wanted));
     return wanted ? visitor.look(layer, heads, *scorer) : absl::OkStatus();
   };
-  LayerCallbacks callbacks;
-  callbacks.on_kv = [](int64_t, int64_t, HeadsView<const void>, HeadsView<const void>) {
-    return absl::OkStatus();
-  };
-  callbacks.should_stop = options.should_stop;
-  callbacks.agree = [](const absl::Status& mine) { return mine; };
+  const LayerCallbacks callbacks = LoneCallbacks(options);
   absl::Status status = transformer->Embed(ids);
   for (int64_t layer = 0; layer < end_layer && status.ok(); ++layer) {
     status = transformer->RunLayer(layer, {}, parallel, callbacks);

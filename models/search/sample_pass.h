@@ -42,6 +42,9 @@ struct SampleVisitor {
 absl::Status CheckSample(const ModelConfig& config, std::span<const int32_t> ids, std::string_view what);
 inline constexpr int64_t kMinSampleTokens = 256;  // below, every pattern covers nearly all
 
+// Of a layer on a rank by itself, whose K and V nobody takes.
+LayerCallbacks LoneCallbacks(const SamplePassOptions& options);
+
 // Layers [0, end) on one rank, which owns the whole sample. Errors of the visitor and of should_stop end it.
 absl::Status RunSample(const SearchModel& model, std::span<const int32_t> ids, int64_t end_layer,
                        const SamplePassOptions& options, const SampleVisitor& visitor);

@@ -114,6 +114,25 @@ absl::Status SearchState::Save(const ScoreUnit& unit, const UnitScores& scores) 
   return WriteTextFile(PathOf(unit), json.dump());
 }
 
+absl::StatusOr<std::optional<std::vector<double>>> SearchState::LoadInfluence(const ScoreUnit& unit,
+                                                                              int64_t num_heads) const {
+  const std::string path = PathOf(unit);
+  const absl::StatusOr<std::string> text = ReadSmallFile(path, kMaxStateBytes);
+  if (absl::IsNotFound(text.status())) return std::optional<std::vector<double>>();
+  LF_RETURN_IF_ERROR(text.status());
+  LF_ASSIGN_OR_RETURN(const Json json, ParseJson(*text, path, kJsonLimits));
+  const bool numbers = json.is_array() && static_cast<int64_t>(json.size()) == num_heads &&
+                       std::all_of(json.begin(), json.end(), [](const Json& x) { return x.is_number(); });
+  if (!numbers) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": is no list of ", num_heads, " numbers"));
+  }
+  return std::optional(json.get<std::vector<double>>());
+}
+
+absl::Status SearchState::SaveInfluence(const ScoreUnit& unit, const std::vector<double>& influence) const {
+  return WriteTextFile(PathOf(unit), Json(influence).dump());
+}
+
 absl::StatusOr<std::string> SearchState::LoadCostTable() const {
   absl::StatusOr<std::string> text =
       ReadSmallFile((fs::path(directory_) / kCostFile).string(), kMaxStateBytes);

@@ -40,6 +40,11 @@ class SearchState {
                                                  int64_t num_heads) const;
   absl::Status Save(const ScoreUnit& unit, const UnitScores& scores) const;
 
+  // The same of the influence of a layer's heads (models/search/influence.h).
+  absl::StatusOr<std::optional<std::vector<double>>> LoadInfluence(const ScoreUnit& unit,
+                                                                   int64_t num_heads) const;
+  absl::Status SaveInfluence(const ScoreUnit& unit, const std::vector<double>& influence) const;
+
   // The cost table that the search measured itself, so that one that goes on has the same; none: empty text.
   absl::StatusOr<std::string> LoadCostTable() const;
   absl::Status SaveCostTable(const std::string& json) const;

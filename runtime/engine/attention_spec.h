@@ -26,7 +26,7 @@ struct AttentionSpec {
 // What "auto" gives all heads of long prompts without a pattern file: right for questions anywhere in the
 // prompt and for weight that is spread thinly (models/SELECTION.md). Dual chunk attention has no block-share:
 // models with it get kUnlistedHeadPattern.
-inline constexpr BlockShare kAutoPattern{.outliers = 8, .min_share = 0.01, .samples = 8};
+inline constexpr BlockShare kAutoPattern{.outliers = 8, .min_share = 0.01, .samples = 8, .fp8 = true};
 
 // Parses a command-line SPEC: "auto" and uniform patterns as they are, anything else as the path of a pattern
 // file, which is read here. InvalidArgument for neither, naming the text.
@@ -39,8 +39,8 @@ absl::StatusOr<std::optional<AttentionSpec>> ReadModelPatterns(const std::string
 struct ResolvedAttention {
   AttentionSpec spec;    // never "auto"
   PatternSet patterns;   // one pattern for each layer and query head
-  std::string resolved;  // for example "dense (auto: 4096 tokens < 32768)", "block-share:8,0.01,8 (auto)",
-                         // "dense, windows of 4096 in 32 layers"
+  std::string resolved;  // for example "dense (auto: 4096 tokens < 32768)", "block-share:8,0.01,8,fp8
+                         // (auto)", "dense, windows of 4096 in 32 layers"
 };
 
 struct AttentionDefaults {
@@ -50,7 +50,7 @@ struct AttentionDefaults {
 };
 
 // What "auto" becomes for a model under these defaults, in words: "dense below 32768 tokens, else
-// block-share:8,0.01,8".
+// block-share:8,0.01,8,fp8".
 std::string DescribeAuto(const AttentionDefaults& defaults, const ModelConfig& config);
 
 // For a prompt of num_tokens on a model; in layers with a sliding window the patterns are what BoundByWindow

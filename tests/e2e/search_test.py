@@ -178,10 +178,30 @@ class Search(support.TemporaryDirectoryTest):
         self.assertEqual(result.returncode, 0, result.stderr)
         self.assertEqual(sum(json.loads(result.stdout)["patterns"].values()), LAYERS * HEADS)
 
-    def test_the_share_of_the_last_rows_is_of_one_value(self):
-        for value, share, reason in (("recall", "0.2", "--end-share 0.2 is a share of --value end, the value is recall"),
-                                     ("end", "1.5", "--end-share")):
-            refused = self.search("--value", value, "--end-share", share)
+    def test_heads_that_decide_answers_are_named(self):
+        costs = self.calibrate()
+        arguments = ["--cost", costs, *BUDGETS, "--time", "1", "--value", "answers", "--answer-share", "0.6"]
+        result = self.search(*arguments)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        heads = json.loads(result.stdout)["decisive_heads"]
+        self.assertTrue(heads)
+        for layer, head, influence in heads:
+            self.assertTrue(layer < LAYERS and head < HEADS and influence > 0, heads)
+        search = json.loads(self.out.read_text())[-1]["longfill"]["search"]
+        self.assertEqual((search["value"], search["answer_share"], search["result"]["decisive_heads"]), ("answers", 0.6, heads))
+        two = self.tmp / "two.json"
+        self.assertEqual(self.search(*arguments, out=two, ranks=2).returncode, 0)
+        self.assertEqual(two.read_text(), self.out.read_text())
+        text = run("search", "--model", MODEL, *self.tokens(), "--out", two, *FAMILIES, "--threads", "1", *arguments)
+        self.assertIn(f"{len(heads)} heads decide what is said next: {heads[0][0]}/{heads[0][1]}", text.stdout)
+        self.assertIn("influence: layers:", text.stderr)
+
+    def test_a_share_is_of_one_value(self):
+        for value, option, share, reason in (
+                ("recall", "--end-share", "0.2", "--end-share 0.2 is a share of --value end, the value is recall"),
+                ("end", "--answer-share", "0.2", "--answer-share 0.2 is a share of --value answers, the value is end"),
+                ("end", "--end-share", "1.5", "--end-share"), ("answers", "--answer-share", "2", "--answer-share")):
+            refused = self.search("--value", value, option, share)
             self.assertEqual(refused.returncode, 2)
             self.assertIn(reason, refused.stderr)
 

@@ -82,12 +82,12 @@ TEST(AttentionSpec, AutoTakesGivenPatternsThenTheModelsThenBlockShare) {
 
   defaults.model_patterns.reset();
   resolved = Auto(defaults, 1000);
-  EXPECT_EQ(resolved.resolved, "block-share:8,0.01,8 (auto)");
-  EXPECT_EQ(resolved.patterns, PatternSet::Uniform(BlockShare{8, 0.01, 8}, 2, 2));
+  EXPECT_EQ(resolved.resolved, "block-share:8,0.01,8,fp8 (auto)");
+  EXPECT_EQ(resolved.patterns, PatternSet::Uniform(kAutoPattern, 2, 2));
   EXPECT_TRUE(resolved.spec.dense_without_room);
 
   defaults.dense_below = 0;
-  EXPECT_EQ(Auto(defaults, 1).spec.text, "block-share:8,0.01,8");
+  EXPECT_EQ(Auto(defaults, 1).spec.text, "block-share:8,0.01,8,fp8");
 
   ModelConfig dual_chunks = Shape(2, 2);
   dual_chunks.rope.dual_chunk = {.chunk_size = 192, .local_size = 64};
@@ -102,7 +102,7 @@ TEST(AttentionSpec, AutoIsDescribedByWhatLongPromptsGet) {
   EXPECT_EQ(DescribeAuto(defaults, Shape(2, 2)), "dense below 1000 tokens, else a-shape:1,2");
   defaults.patterns.reset();
   EXPECT_EQ(DescribeAuto(defaults, Shape(2, 2)), "dense below 1000 tokens, else patterns.json");
-  EXPECT_EQ(DescribeAuto({}, Shape(2, 2)), "dense below 32768 tokens, else block-share:8,0.01,8");
+  EXPECT_EQ(DescribeAuto({}, Shape(2, 2)), "dense below 32768 tokens, else block-share:8,0.01,8,fp8");
   ModelConfig dual_chunks = Shape(2, 2);
   dual_chunks.rope.dual_chunk = {.chunk_size = 192, .local_size = 64};
   EXPECT_EQ(DescribeAuto({}, dual_chunks), "dense below 32768 tokens, else vertical-slash:1000,6096");

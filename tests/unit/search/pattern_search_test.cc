@@ -9,6 +9,7 @@
 #include "models/search/calibration.h"
 #include "models/search/evaluation.h"
 #include "models/search/pattern_family.h"
+#include "models/search/score_pass.h"
 #include "tests/unit/search/search_fixture.h"
 
 namespace longfill {
@@ -145,6 +146,53 @@ TEST(PatternSearch, EachValueIsServedBestByItself) {
     return result.totals.recall + result.totals.last_recall;
   };
   EXPECT_GE(end_value(by_end), end_value(by_recall) - 1e-9);
+}
+
+// Of each head: the mean over samples of the last rows' recall under one set.
+std::vector<double> LastRecalls(const SmallModel& model, const PatternSet& set) {
+  const auto world = CreateSingleCommunicator();
+  const auto samples = Samples();
+  const ScoreCube cube = *ScoreCandidates(model.view(), samples, {&set, 1}, *world, {.sample = SmallPass()});
+  std::vector<double> recalls;
+  for (int64_t layer = 0; layer < cube.num_layers(); ++layer) {
+    for (int64_t head = 0; head < cube.num_heads(); ++head) {
+      recalls.push_back((cube.at(0, layer, 0, head).last_recall + cube.at(1, layer, 0, head).last_recall) /
+                        2);
+    }
+  }
+  return recalls;
+}
+
+TEST(PatternSearch, DecisiveHeadsKeepWhatTheReferenceKeepsForTheLastRows) {
+  const SmallModel model;
+  SearchOptions options = Options();
+  options.value = SearchValue::kRecall;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult by_recall, Search(options));
+  EXPECT_TRUE(by_recall.influence.empty());
+  options.value = SearchValue::kAnswers;
+  options.answer_share = 0;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult without, Search(options));
+  EXPECT_EQ(without.patterns, by_recall.patterns);
+  EXPECT_EQ(without.influence.size(), 12U);
+  options.answer_share = 0.5;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult found, Search(options));
+  ASSERT_FALSE(found.decisive.empty());
+  EXPECT_LT(found.decisive.size(), 12U);
+  EXPECT_LE(found.totals.seconds, 0.5 * found.reference.seconds * (1 + 1e-12));
+  const std::vector<double> kept = LastRecalls(model, found.patterns);
+  const std::vector<double> reference = LastRecalls(model, PatternSet::Uniform(kReference, 3, 4));
+  const std::vector<double> else_kept = LastRecalls(model, by_recall.patterns);
+  bool would_lose = false;
+  for (const size_t place : found.decisive) {
+    EXPECT_GE(kept[place], reference[place]) << place;
+    would_lose |= else_kept[place] < reference[place];
+  }
+  EXPECT_TRUE(would_lose) << "recall alone chose nothing worse, so this shows nothing";
+  options.head_recall = 0.99;  // refinement keeps to it
+  options.time_share = 0.8;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult refined, Search(options));
+  const std::vector<double> after = LastRecalls(model, refined.patterns);
+  for (const size_t place : refined.decisive) EXPECT_GE(after[place], reference[place]) << place;
 }
 
 // A-shapes are dear in the shorter sample and cheap in the longer one, so that the longer one alone chooses

@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <optional>
-#include <thread>
 
 #include "tests/unit/models/test_files.h"
 #include "tests/unit/search/search_fixture.h"
@@ -42,17 +41,6 @@ absl::StatusOr<std::vector<HeadScore>> ScoreAlone(const ScorePassOptions& option
   const std::vector<PatternSet> sets = Sets(model);
   LF_ASSIGN_OR_RETURN(const ScoreCube cube, ScoreCandidates(model.view(), kSamples, sets, *world, options));
   return Flat(cube);
-}
-
-// body(world, rank) on every rank, as threads.
-template <typename Body>
-void OnRanks(int size, Body body) {
-  const auto worlds = CreateInProcessCommunicators(size, {});
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < size; ++rank) {
-    threads.emplace_back([&, rank] { body(*worlds[static_cast<size_t>(rank)], rank); });
-  }
-  for (std::thread& thread : threads) thread.join();
 }
 
 TEST(ScorePass, HeadsDifferAndCandidatesDoToo) {

@@ -5,11 +5,13 @@
 
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels/api/backend.h"
 #include "models/device_weights.h"
 #include "models/search/sample_pass.h"
+#include "parallel/communicator.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -50,6 +52,17 @@ inline std::vector<int32_t> PromptOf(int64_t num_tokens, int32_t step) {
 
 inline SamplePassOptions SmallPass() {
   return {.max_rows = 256, .num_threads = 1, .should_stop = [] { return absl::OkStatus(); }};
+}
+
+// body(world, rank) on every rank, as threads.
+template <typename Body>
+void OnRanks(int size, Body body) {
+  const auto worlds = CreateInProcessCommunicators(size, {});
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] { body(*worlds[static_cast<size_t>(rank)], rank); });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace longfill

@@ -37,6 +37,25 @@ TEST(SearchState, GoesOnWithWhatWasSaved) {
   EXPECT_TRUE(dir.List().empty());
 }
 
+TEST(SearchState, KeepsInfluenceToTheBit) {
+  const TempDir dir;
+  const ScoreUnit unit = {"influence", 0, 2};
+  const std::vector<double> influence = {1.0 / 3, 2e-17, 0};
+  LF_ASSERT_OK_AND_ASSIGN(const SearchState state, SearchState::Open(dir.File("s"), "{}"));
+  LF_ASSERT_OK_AND_ASSIGN(const auto nothing, state.LoadInfluence(unit, 3));
+  EXPECT_FALSE(nothing.has_value());
+  LF_ASSERT_OK(state.SaveInfluence(unit, influence));
+  LF_ASSERT_OK_AND_ASSIGN(const auto loaded, state.LoadInfluence(unit, 3));
+  EXPECT_EQ(loaded, influence);
+  EXPECT_THAT(state.LoadInfluence(unit, 4).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("no list of 4 numbers")));
+  LF_ASSERT_OK(state.Save(unit, kScores));
+  EXPECT_THAT(state.LoadInfluence(unit, 2).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("no list of 2 numbers")));
+  state.Remove();
+  EXPECT_TRUE(dir.List().empty());
+}
+
 TEST(SearchState, OtherSettingsAreRefusedByName) {
   const TempDir dir;
   LF_ASSERT_OK(SearchState::Open(dir.File("s"), R"({"rows": 128, "time": 0.5})").status());
