@@ -275,7 +275,7 @@ class SharesBench {
       LF_RETURN_IF_ERROR(stream_.Sync());
       LF_ASSIGN_OR_RETURN(std::vector<float> own_k,
                           DownloadRows(Advance(k_.data(), first_row * dim(), dtype_), num_rows * dim()));
-      RoundBlocks(1, num_rows, &q);
+      RoundBlocks(num_rows, 1, &q);
       RoundBlocks(num_rows, 1, &own_k);
       const Bounds shares = LargestShares({q, own_k, num_rows}, m, representatives, coarse);
       for (int64_t b = 1; b + kForcedNearestBlocks <= m; ++b) {

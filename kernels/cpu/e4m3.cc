@@ -4,6 +4,8 @@
 #include <bit>
 #include <limits>
 
+#include "kernels/sparse/head_pattern.h"
+
 namespace longfill {
 namespace {
 
@@ -60,7 +62,7 @@ float RoundOne(float x) {
 void RoundToE4m3(const RowsToRound& rows) {
   const int32_t largest = LargestMagnitudeBits(rows);
   const bool copies = largest == 0 || largest >= kExponentMask;
-  const int exponent = copies ? 0 : kLargestExponent - ExponentOf(largest);
+  const int exponent = copies ? 0 : std::min(kMostFp8Power, kLargestExponent - ExponentOf(largest));
   const TwoPowers up(exponent), down(-exponent);
   for (int64_t row = 0; row < rows.num_rows; ++row) {
     const float* from = rows.from + row * rows.from_stride;

@@ -17,10 +17,10 @@ struct RowsToRound {
   int64_t width = 0;
 };
 
-// Rounds rows together: multiplies by the power of two that brings the largest magnitude of all into
-// [128, 256), rounds each element to E4M3, to nearest even, and divides by the power again. Only a magnitude
-// that is rounded to 2^128 becomes infinite. Copies rows that hold zeros alone, an infinity or a NaN. The
-// same bits on every machine.
+// Rounds rows together: multiplies by the power of two, at most 2^kMostFp8Power, that brings the largest
+// magnitude of all into [128, 256), rounds each element to E4M3, to nearest even, and divides by the power
+// again. Only a magnitude that is rounded to 2^128 becomes infinite. Copies rows that hold zeros alone, an
+// infinity or a NaN. The same bits on every machine.
 void RoundToE4m3(const RowsToRound& rows);
 
 }  // namespace longfill

@@ -67,7 +67,9 @@ struct BlockSparse {
 // With `fp8` both factors of every product of queries and keys are rounded to 8 bits first, E4M3 of the OCP
 // specification (sign, 4 bits of exponent, 3 of mantissa; to nearest even, subnormals kept). A power of two
 // brings the largest element into [128, 256) before, and is taken out of the product: one for the queries of
-// a row block, one for what represents a block, one for the keys of a row block.
+// a row block, one for what represents a block, one for the keys of a row block. None is above
+// 2^kMostFp8Power, so that elements below 2^-40 count for little and zeros have one. What is infinite or no
+// number has no rounding that backends share.
 struct BlockShare {
   int64_t outliers = 0;
   double min_share = 0;
@@ -82,6 +84,7 @@ inline constexpr double kLeastShare = 1e-30;        // min_share is fp32 in kern
 inline constexpr int64_t kForcedNearestBlocks = 4;  // of BlockShare
 inline constexpr int64_t kCoarseBlocks = 8;         // key blocks of a coarse block
 inline constexpr double kOpenFactor = 0.5;
+inline constexpr int kMostFp8Power = 47;
 // Of a key block.
 constexpr int64_t NumRepresentatives(int64_t samples, int64_t outliers) {
   return (samples == 0 ? 1 : samples) + outliers;

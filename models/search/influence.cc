@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -36,7 +35,7 @@ double Divergence(std::span<const float> p, std::span<const float> q) {
     const double log_p = p[i] - p_sum;
     divergence += std::exp(log_p) * (log_p - (q[i] - q_sum));
   }
-  return std::max(0.0, divergence);  // but for rounding it is not below
+  return divergence < 0 ? 0 : divergence;  // but for rounding it is not below
 }
 
 // The forward pass of one sample on one rank, from any layer whose input was kept.
@@ -58,7 +57,7 @@ class CutPass {
                                                                      "the hidden state before a layer"));
     return pass;
   }
-  // What was enqueued uses the memory of both.
+  // What was enqueued uses memory that is given back now.
   ~CutPass() { backend_.stream().Sync().IgnoreError(); }
 
   absl::Status Embed() { return transformer_->Embed(ids_); }
@@ -206,6 +205,11 @@ class InfluencePass {
       LF_RETURN_IF_ERROR(RunToEnd(pass, layer, patterns));
       LF_ASSIGN_OR_RETURN(const std::vector<float> logits, pass.NextTokenLogits());
       influence.push_back(Divergence(whole, logits));
+      if (!std::isfinite(influence.back())) {
+        return absl::InternalError(absl::StrCat("layer ", layer, ", head ", head,
+                                                ": without its far keys the next token has a divergence of ",
+                                                influence.back()));
+      }
     }
     return influence;
   }
@@ -289,11 +293,15 @@ absl::StatusOr<std::vector<double>> MeasureInfluence(const SearchModel& model,
 }
 
 std::vector<size_t> DecisiveHeads(std::span<const double> influence, double share) {
-  std::vector<size_t> places(influence.size());
-  std::iota(places.begin(), places.end(), size_t{0});
+  std::vector<size_t> places;
+  double all = 0;
+  for (size_t place = 0; place < influence.size(); ++place) {
+    if (influence[place] < kLeastInfluence) continue;
+    places.push_back(place);
+    all += influence[place];
+  }
   std::stable_sort(places.begin(), places.end(),
                    [&](size_t a, size_t b) { return influence[a] > influence[b]; });
-  const double all = std::accumulate(influence.begin(), influence.end(), 0.0);
   double sum = 0;
   size_t count = 0;
   while (count < places.size() && sum < share * all) sum += influence[places[count++]];

@@ -7,7 +7,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
@@ -23,17 +22,21 @@ namespace longfill {
 AShape CutPattern(int64_t num_tokens);
 
 // Of all layers: [layer][head], the mean over the samples of KL(all heads have `base` || this one is cut), of
-// the next token, in nats. Costs as many forward passes as there are heads, of half the layers in the mean.
-// The work is units, one for each layer of each sample, dealt to the ranks in turn; options.pass names them
-// in the state, rows are not sampled. Every rank calls this with equal arguments and gets an equal result;
-// errors are agreed on after the layer in which they struck.
+// the next token, in nats. Internal, naming layer and head, where that is no number. Costs as many forward
+// passes as there are heads, of half the layers in the mean. The work is units, one for each layer of each
+// sample, dealt to the ranks in turn; options.pass names them in the state, rows are not sampled. Every rank
+// calls this with equal arguments and gets an equal result; errors are agreed on after the layer in which
+// they struck.
 absl::StatusOr<std::vector<double>> MeasureInfluence(const SearchModel& model,
                                                      std::span<const std::vector<int32_t>> samples,
                                                      const HeadPattern& base, Communicator& world,
                                                      const ScorePassOptions& options);
 
-// The fewest places that have `share` of the sum together, ascending; of equal ones the lower. None of a sum
-// of 0.
+// Below, in nats, what a cut moves is rounding.
+inline constexpr double kLeastInfluence = 1e-4;
+
+// Of the places from kLeastInfluence on, the fewest that have `share` of their sum together, ascending; of
+// equal ones the lower.
 std::vector<size_t> DecisiveHeads(std::span<const double> influence, double share);
 
 }  // namespace longfill

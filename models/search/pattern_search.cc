@@ -173,10 +173,13 @@ class PatternSearch {
     }
     return absl::OkStatus();
   }
-  // Whether a head may have the pattern: the reference, which is the first, and dense always.
+  // Whether a head may have the pattern: the reference, which is the first, and dense always. Recalls may
+  // differ by rounding, and be above 1.
   bool Serves(size_t place, const ScoredPattern& pattern) const {
+    constexpr double kRounding = 1e-6;
     if (!std::ranges::binary_search(result_.decisive, place)) return true;
-    return pattern.last_recall >= scored_[place].front().last_recall;
+    if (std::holds_alternative<Dense>(pattern.candidate.pattern)) return true;
+    return pattern.last_recall >= std::min(1.0, scored_[place].front().last_recall) - kRounding;
   }
 
   double ValueOf(const ScoredPattern& pattern) const {
@@ -206,7 +209,13 @@ class PatternSearch {
     SolverTarget target{.least_value = options_.mean_value};
     if (options_.time_share) target.most_seconds = *options_.time_share * result_.reference.seconds;
     result_.curve = TradeOffCurve(heads);
-    LF_ASSIGN_OR_RETURN(const PatternChoice choice, ChoosePatterns(heads, target));
+    absl::StatusOr<PatternChoice> chosen = ChoosePatterns(heads, target);
+    if (!chosen.ok() && !result_.decisive.empty()) {
+      return Annotate(chosen.status(),
+                      absl::StrCat(result_.decisive.size(), " heads decide answers and keep what ",
+                                   ToString(options_.reference), " gives them"));
+    }
+    LF_ASSIGN_OR_RETURN(const PatternChoice choice, std::move(chosen));
     result_.chosen = choice.reached;
     for (size_t place = 0; place < scored_.size(); ++place) {
       chosen_.push_back(scored_[place][choice.options[place]]);

@@ -27,6 +27,7 @@ class Fp8ShareTest : public ShareFixture {
   // Of row block 8 for block 2. Rounding of shares alone moves them by less.
   void ExpectShare(const Kind& kind, double share) {
     const Buffer representatives = Represent(k_, 1, kTokens, kDim, kind.outliers, kind.samples);
+    const Buffer coarse = RepresentCoarse(representatives, kind, kBlocks + 1, kDim);
     const auto keeps = [&](double min_share) {
       return IsSet(Select(q_, representatives,
                           {.rows = kTokens,
@@ -36,6 +37,8 @@ class Fp8ShareTest : public ShareFixture {
                            .min_share = {static_cast<float>(min_share)},
                            .num_samples = kind.samples,
                            .own_k = k_,
+                           .coarse = &coarse,
+                           .num_coarse = kind.coarse,
                            .fp8 = kind.fp8})[0][kBlocks],
                    kBlock);
     };
@@ -86,6 +89,28 @@ TEST_P(Fp8ShareTest, WhatRepresentsABlockHasOnePowerOfTwo) {
   SetKeys(kBlock * kRowBlock + 5, kBlock * kRowBlock + 6, 1, 0x1p15F);
   ExpectShare({.outliers = 1}, ShareOf(2.5));
   ExpectShare({.outliers = 1, .fp8 = true}, ShareOf(2));  // steps of 1/2
+}
+
+// Its last row has a large element.
+TEST_P(Fp8ShareTest, QueriesOfARowBlockHaveOnePowerOfTwo) {
+  SetQuery(0, 0.375F);
+  q_[(kTokens - 1) * kDim + 1] = 0x1p15F;
+  SetBlock(0, 8);
+  ExpectShare({}, ShareOf(3));
+  ExpectShare({.fp8 = true}, ShareOf(4));  // steps of 1/2
+}
+
+// Zeros have a power of two as well, with which what is added for samples stays what it is.
+TEST_P(Fp8ShareTest, ZerosAreBlocksLikeOthers) {
+  for (const float query : {0.0F, 0x1p-20F, 0.25F, 100.0F}) {
+    for (const float key : {0.0F, 0.25F}) {
+      SetQuery(0, query);
+      SetKeys(0, kTokens, 1, key);  // which no query asks for
+      for (const int64_t coarse : {0, 1}) {
+        ExpectShare({.samples = 1, .coarse = coarse, .fp8 = true}, 64.0 / (64 * kBlocks + 1));
+      }
+    }
+  }
 }
 
 // The last key of a row block, which its first row does not see, has a large element.

@@ -26,12 +26,12 @@ double NearestE4m3(double x) {
   return std::nearbyint(x / spacing) * spacing;
 }
 
-// All values together, after a power of two that brings the largest magnitude to [128, 256).
+// All values together, after a power of two, up to 2^47, that brings the largest magnitude to [128, 256).
 void RoundToE4m3(const std::vector<double*>& values) {
   double largest = 0;
   for (const double* value : values) largest = std::max(largest, std::abs(*value));
   if (largest == 0) return;
-  const double power = std::ldexp(1.0, 7 - std::ilogb(largest));
+  const double power = std::ldexp(1.0, std::min(47, 7 - std::ilogb(largest)));
   for (double* value : values) *value = NearestE4m3(*value * power) / power;
 }
 

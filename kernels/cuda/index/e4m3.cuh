@@ -8,9 +8,11 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/attention/tile_rows.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/sparse/head_pattern.h"
 
 namespace longfill::cuda::share_selection {
 
@@ -19,9 +21,10 @@ struct E4m3Scale {
   float scale;    // brings the largest magnitude into [128, 256)
   float inverse;  // takes it out of products
 
-  // `largest` is not negative. Below 2^-110 it is not brought up to 128: zero has no power of two.
+  // `largest` is not negative. With kMostFp8Power what is added for samples stays finite, divided by the
+  // scales of queries and of a block that are all zeros.
   __device__ __forceinline__ static E4m3Scale Of(float largest) {
-    const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, -110);
+    const int exponent = max(static_cast<int>(__float_as_uint(largest) >> 23) - 127, 7 - kMostFp8Power);
     return {__uint_as_float(static_cast<uint32_t>(127 + 7 - exponent) << 23),
             __uint_as_float(static_cast<uint32_t>(127 - 7 + exponent) << 23)};
   }
@@ -35,6 +38,14 @@ __device__ __forceinline__ float2 FromE4m3(uint32_t pair, float inverse) {
   const __half2 values = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
   const float2 wide = __half22float2(values);
   return {wide.x * inverse, wide.y * inverse};
+}
+
+// As 16-bit elements, which hold what E4M3 does; but for fp16 what would be rounded to 65536 is the largest
+// number that it has.
+template <typename Element>
+__device__ __forceinline__ uint32_t NarrowE4m3(float2 pair) {
+  constexpr float kMost = std::is_same_v<Element, __half> ? 65504.0F : INFINITY;
+  return NarrowPair<Element>(fminf(fmaxf(pair.x, -kMost), kMost), fminf(fmaxf(pair.y, -kMost), kMost));
 }
 
 __device__ __forceinline__ float LargestMagnitude(float2 pair) { return fmaxf(fabsf(pair.x), fabsf(pair.y)); }

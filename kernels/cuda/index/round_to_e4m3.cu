@@ -59,18 +59,16 @@ __global__ void __launch_bounds__(kThreads) RoundToE4m3Kernel(const RoundedRows 
       continue;
     }
 #pragma unroll
-    for (int j = 0; j < kPacked / 2; ++j) {
-      const float2 rounded = FromE4m3(pairs[j], scale.inverse);
-      values[2 * j] = rounded.x;
-      values[2 * j + 1] = rounded.y;
+    for (uint32_t& pair : pairs) {
+      pair = cuda::share_selection::NarrowE4m3<Element>(FromE4m3(pair, scale.inverse));
     }
-    Piece::Narrow(values).Store(static_cast<Element*>(groups.out) + to);
+    Piece{{pairs[0], pairs[1], pairs[2], pairs[3]}}.Store(static_cast<Element*>(groups.out) + to);
   }
 }
 
 }  // namespace
 
-absl::Status RoundToE4m3(const RoundedRows& rows, DType dtype, cudaStream_t stream) {
+absl::Status LaunchRoundToE4m3(const RoundedRows& rows, DType dtype, cudaStream_t stream) {
   return cuda::WithComputeType(dtype, [&]<typename Element>() {
     return Launch("RoundToE4m3Kernel", RoundToE4m3Kernel<Element>,
                   {.grid_x = rows.num_groups, .block = kThreads}, stream, rows);

@@ -20,13 +20,13 @@ struct RoundedRows {
   int64_t head_dim = 0;  // a multiple of 8
   int64_t group_stride = 0, row_stride = 0;
   // The same in what is written: with `scales` E4M3 of scaled elements and the factor of each group,
-  // without them elements of the dtype again, unscaled, which holds what E4M3 does.
+  // without them elements of the dtype again, unscaled (e4m3.cuh, NarrowE4m3).
   void* out = nullptr;
   int64_t out_group_stride = 0, out_row_stride = 0;
   float* scales = nullptr;  // [num_groups], to multiply products with
 };
 
-absl::Status RoundToE4m3(const RoundedRows& rows, DType dtype, cudaStream_t stream);
+absl::Status LaunchRoundToE4m3(const RoundedRows& rows, DType dtype, cudaStream_t stream);
 
 }  // namespace longfill
 

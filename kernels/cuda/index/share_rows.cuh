@@ -68,8 +68,8 @@ class ShareRows {
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
         for (uint32_t& pair : q_[i][step]) {
-          const float2 rounded = FromE4m3(PairToE4m3(WidenPair<Element>(pair), scale.scale), scale.inverse);
-          pair = NarrowPair<Element>(rounded.x, rounded.y);
+          pair =
+              NarrowE4m3<Element>(FromE4m3(PairToE4m3(WidenPair<Element>(pair), scale.scale), scale.inverse));
         }
       }
     }

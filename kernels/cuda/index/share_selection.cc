@@ -200,7 +200,7 @@ class Launcher {
     rows.out_group_stride = kRowBlock * params_.head_dim;
     rows.out_row_stride = params_.head_dim;
     own_k_ = {rows.out, params_.head_dim, rows.scales};
-    return RoundToE4m3(rows, dtype_, stream_);
+    return LaunchRoundToE4m3(rows, dtype_, stream_);
   }
   absl::Status Round(const Fp8Layout::Part& part, Level* level) const {
     RoundedRows rows = RowsTo(part);
@@ -212,7 +212,7 @@ class Launcher {
     rows.row_stride = rows.out_row_stride = level->num_blocks * params_.head_dim;
     level->representatives = rows.out;
     level->scales = rows.scales;
-    return RoundToE4m3(rows, dtype_, stream_);
+    return LaunchRoundToE4m3(rows, dtype_, stream_);
   }
   RoundedRows RowsTo(const Fp8Layout::Part& part) const {
     RoundedRows rows;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/sparse/head_pattern.h"
 #include "tests/testing/status_matchers.h"
 
 namespace longfill {
@@ -33,7 +34,7 @@ float RoundedBeside128(double x, int exponent) {
   return static_cast<float>(std::ldexp(rounded[1], -exponent));
 }
 
-constexpr int kExponents[] = {0, 1, -1, 13, -60, 100, 119, -119, -125, -132, -139};
+constexpr int kExponents[] = {0, 1, -1, 13, -30, -kMostFp8Power, 100, 119};
 
 TEST(E4m3, EveryValueIsItself) {
   EXPECT_EQ(ValueOf(kCodeOf256), 256);
@@ -52,7 +53,6 @@ TEST(E4m3, RoundsToNearestAndBetweenTwoToTheEvenOne) {
         const double low = ValueOf(code), high = ValueOf(code + 1), middle = (low + high) / 2;
         const double even = code % 2 == 0 ? low : high;
         EXPECT_EQ(RoundedBeside128(middle, exponent), even) << middle << " times 2^" << exponent;
-        if (exponent < -110) continue;  // no floats beside it
         const auto of_float = static_cast<float>(middle);
         EXPECT_EQ(RoundedBeside128(std::nextafter(of_float, 0.0F), exponent), low) << code;
         EXPECT_EQ(RoundedBeside128(std::nextafter(of_float, 1e9F * of_float), exponent), high) << code;
@@ -62,7 +62,7 @@ TEST(E4m3, RoundsToNearestAndBetweenTwoToTheEvenOne) {
 }
 
 TEST(E4m3, BringsTheLargestTo128To256) {
-  for (const float largest : {128.0F, 1.0F, 1.9F, 255.9F, 300.0F, 1e-3F, 0x1p-149F, 0x1p-126F, 0x1.fp126F}) {
+  for (const float largest : {128.0F, 1.0F, 1.9F, 255.9F, 300.0F, 1e-3F, 0x1p-40F, 0x1.fp-40F, 0x1.fp126F}) {
     // The least that is kept: just above half a spacing of subnormal numbers.
     const int exponent = std::ilogb(largest);
     const auto step = static_cast<float>(std::ldexp(1.0, exponent - 7 - 9));
@@ -72,6 +72,13 @@ TEST(E4m3, BringsTheLargestTo128To256) {
     EXPECT_EQ(rounded[2], step);
     EXPECT_EQ(rounded[3], -step);
   }
+}
+
+// Subnormal numbers have steps of 2^-9, which with the largest power are 2^-56.
+TEST(E4m3, BelowTheLargestPowerSmallNumbersHaveTheStepsThatItLeaves) {
+  EXPECT_EQ(Rounded({0x1.2p-53F, 0x1p-57F, -0x1.8p-57F}), (std::vector<float>{0x1.2p-53F, 0, -0x1p-56F}));
+  EXPECT_EQ(Rounded({0x1.3p-53F}), (std::vector<float>{0x1.4p-53F}));  // 9.5 steps, to the even one
+  EXPECT_EQ(Rounded({0x1p-149F, -0x1p-58F}), (std::vector<float>{0, -0.0F}));
 }
 
 TEST(E4m3, RoundsRowsTogetherAndTouchesNothingBeside) {

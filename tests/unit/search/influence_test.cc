@@ -15,8 +15,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-const std::vector<std::vector<int32_t>> kSamples = {PromptOf(517, 11), PromptOf(300, 5)};
-const HeadPattern kBase = VerticalSlash{30, 100};
+constexpr HeadPattern kBase = VerticalSlash{30, 100};
+std::vector<std::vector<int32_t>> Samples() { return {PromptOf(517, 11), PromptOf(300, 5)}; }
 
 // Probabilities of the token after the prompt, by a forward pass from the start, whose head `place` is cut.
 std::vector<double> NextToken(const std::vector<int32_t>& ids, int64_t place) {
@@ -50,7 +50,7 @@ absl::StatusOr<std::vector<double>> MeasureAlone(const ScorePassOptions& options
                                                  const HeadPattern& base = kBase) {
   const SmallModel model;
   const auto world = CreateSingleCommunicator();
-  return MeasureInfluence(model.view(), kSamples, base, *world, options);
+  return MeasureInfluence(model.view(), Samples(), base, *world, options);
 }
 
 ScorePassOptions Options() { return {.pass = "influence", .sample = SmallPass()}; }
@@ -59,7 +59,7 @@ TEST(Influence, IsTheDivergenceOfWholeForwardPasses) {
   LF_ASSERT_OK_AND_ASSIGN(const std::vector<double> influence, MeasureAlone(Options()));
   ASSERT_EQ(influence.size(), 12U);
   std::vector<double> want(influence.size(), 0.0);
-  for (const std::vector<int32_t>& ids : kSamples) {
+  for (const std::vector<int32_t>& ids : Samples()) {
     const std::vector<double> whole = NextToken(ids, -4);  // of no layer
     for (size_t place = 0; place < want.size(); ++place) {
       const std::vector<double> cut = NextToken(ids, static_cast<int64_t>(place));
@@ -73,7 +73,7 @@ TEST(Influence, IsTheDivergenceOfWholeForwardPasses) {
 }
 
 TEST(Influence, IsNothingWhereNothingIsCut) {
-  const std::vector<std::vector<int32_t>> one = {kSamples[0]};
+  const std::vector<std::vector<int32_t>> one = {PromptOf(517, 11)};
   const SmallModel model;
   const auto world = CreateSingleCommunicator();
   LF_ASSERT_OK_AND_ASSIGN(
@@ -89,7 +89,7 @@ TEST(Influence, RanksGetTheBitsOfOneRank) {
     OnRanks(size, [&](Communicator& world, int rank) {
       const SmallModel model;
       LF_ASSERT_OK_AND_ASSIGN(const std::vector<double> influence,
-                              MeasureInfluence(model.view(), kSamples, kBase, world, Options()));
+                              MeasureInfluence(model.view(), Samples(), kBase, world, Options()));
       EXPECT_EQ(influence, want) << "rank " << rank << " of " << size;
     });
   }
@@ -100,7 +100,7 @@ TEST(Influence, AnErrorOfOneRankReachesAll) {
     const SmallModel model;
     ScorePassOptions options = Options();
     if (rank == 1) options.sample.should_stop = [] { return absl::CancelledError("enough"); };
-    EXPECT_THAT(MeasureInfluence(model.view(), kSamples, kBase, world, options).status(),
+    EXPECT_THAT(MeasureInfluence(model.view(), Samples(), kBase, world, options).status(),
                 StatusIs(absl::StatusCode::kCancelled, HasSubstr("enough")));
     LF_EXPECT_OK(world.Health());
   });
@@ -132,7 +132,7 @@ TEST(Influence, GoesOnWhereItWasStoppedWithOtherRanks) {
       EXPECT_EQ(progress.seconds_left > 0, progress.layers_done < progress.num_layers);
     };
     LF_ASSERT_OK_AND_ASSIGN(const std::vector<double> influence,
-                            MeasureInfluence(model.view(), kSamples, kBase, world, rest));
+                            MeasureInfluence(model.view(), Samples(), kBase, world, rest));
     EXPECT_EQ(influence, want);
   });
   // Rank 0: layer 2 of the first sample and 1 of the second; rank 1: layers 0 and 2 of the second.
@@ -147,6 +147,8 @@ TEST(Influence, DecisiveHeadsAreTheFewestWithTheShare) {
   EXPECT_EQ(DecisiveHeads(influence, 0.51), (std::vector<size_t>{1, 3}));
   EXPECT_EQ(DecisiveHeads(influence, 0.9), (std::vector<size_t>{0, 1, 3}));  // of equal ones the lower
   EXPECT_EQ(DecisiveHeads(influence, 1), (std::vector<size_t>{0, 1, 3, 4}));
+  EXPECT_EQ(DecisiveHeads(std::vector<double>(9, 0.9 * kLeastInfluence), 1), std::vector<size_t>{});
+  EXPECT_EQ(DecisiveHeads({{0.1, 0.2, 0.3, 1e-5, 0}}, 1), (std::vector<size_t>{0, 1, 2}));
 }
 
 TEST(Influence, SomethingIsCutOfEveryPrompt) {

@@ -195,6 +195,24 @@ TEST(PatternSearch, DecisiveHeadsKeepWhatTheReferenceKeepsForTheLastRows) {
   for (const size_t place : refined.decisive) EXPECT_GE(after[place], reference[place]) << place;
 }
 
+// Of a reference that keeps everything, but for rounding; and of one that is too dear.
+TEST(PatternSearch, DecisiveHeadsMayAlwaysBeDense) {
+  SearchOptions options = Options();
+  options.value = SearchValue::kAnswers;
+  options.answer_share = 1;
+  options.reference = VerticalSlash{1000, 6096};
+  options.families = {options.reference, AShape{64, 256}};
+  options.head_recall = 1;
+  options.time_share = 1;
+  LF_ASSERT_OK_AND_ASSIGN(const SearchResult found, Search(options));
+  EXPECT_GE(found.totals.least_recall, 0.999);
+  EXPECT_FALSE(found.decisive.empty());
+  options.time_share = 0.01;
+  EXPECT_THAT(Search(options).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("heads decide answers and keep what vertical-slash:1000,6096 gives them")));
+}
+
 // A-shapes are dear in the shorter sample and cheap in the longer one, so that the longer one alone chooses
 // them.
 TEST(PatternSearch, TheTimeHoldsAtEveryTargetLength) {

@@ -13,7 +13,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-const std::vector<std::vector<int32_t>> kSamples = {PromptOf(300, 11), PromptOf(517, 5)};
+std::vector<std::vector<int32_t>> Samples() { return {PromptOf(300, 11), PromptOf(517, 5)}; }
 
 std::vector<PatternSet> Sets(const SmallModel& model) {
   std::vector<PatternSet> sets;
@@ -39,7 +39,7 @@ absl::StatusOr<std::vector<HeadScore>> ScoreAlone(const ScorePassOptions& option
   const SmallModel model;
   const auto world = CreateSingleCommunicator();
   const std::vector<PatternSet> sets = Sets(model);
-  LF_ASSIGN_OR_RETURN(const ScoreCube cube, ScoreCandidates(model.view(), kSamples, sets, *world, options));
+  LF_ASSIGN_OR_RETURN(const ScoreCube cube, ScoreCandidates(model.view(), Samples(), sets, *world, options));
   return Flat(cube);
 }
 
@@ -61,7 +61,7 @@ TEST(ScorePass, RanksGetTheBitsOfOneRank) {
       const SmallModel model;
       const std::vector<PatternSet> sets = Sets(model);
       LF_ASSERT_OK_AND_ASSIGN(const ScoreCube cube,
-                              ScoreCandidates(model.view(), kSamples, sets, world, {.sample = SmallPass()}));
+                              ScoreCandidates(model.view(), Samples(), sets, world, {.sample = SmallPass()}));
       EXPECT_EQ(Flat(cube), want) << "rank " << rank << " of " << size;
     });
   }
@@ -73,7 +73,7 @@ TEST(ScorePass, AnErrorOfOneRankReachesAll) {
     const std::vector<PatternSet> sets = Sets(model);
     ScorePassOptions options{.sample = SmallPass()};
     if (rank == 1) options.sample.should_stop = [] { return absl::CancelledError("enough"); };
-    EXPECT_THAT(ScoreCandidates(model.view(), kSamples, sets, world, options).status(),
+    EXPECT_THAT(ScoreCandidates(model.view(), Samples(), sets, world, options).status(),
                 StatusIs(absl::StatusCode::kCancelled, HasSubstr("enough")));
     LF_EXPECT_OK(world.Health());
   });
@@ -98,7 +98,8 @@ TEST(ScorePass, GoesOnWhereItWasStoppedWithOtherRanks) {
     const std::vector<PatternSet> sets = Sets(model);
     ScorePassOptions rest{.sample = SmallPass(), .state = &state};
     rest.on_progress = [&layers](const ScoreProgress&) { ++layers; };
-    LF_ASSERT_OK_AND_ASSIGN(const ScoreCube cube, ScoreCandidates(model.view(), kSamples, sets, world, rest));
+    LF_ASSERT_OK_AND_ASSIGN(const ScoreCube cube,
+                            ScoreCandidates(model.view(), Samples(), sets, world, rest));
     EXPECT_EQ(Flat(cube), want);
   });
   EXPECT_EQ(layers, 3);  // of the second sample: one forward alone, two scored; nothing of the first

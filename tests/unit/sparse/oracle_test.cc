@@ -211,7 +211,7 @@ TEST(Oracle, Fp8RoundsQueriesAndWhatRepresentsABlockToFourBits) {
 }
 
 // The largest element of what is rounded together decides about the spacing of small ones.
-TEST(Oracle, Fp8HasOnePowerOfTwoForEachQueryAndForTheKeysOfABlock) {
+TEST(Oracle, Fp8HasOnePowerOfTwoForTheQueriesAndForTheKeysOfABlock) {
   const int64_t n = 6 * 64 + 3, dim = 2;
   std::vector<float> q(n * dim, 0), k(n * dim, 0);
   const auto shares = [&](int64_t samples) {
@@ -226,6 +226,12 @@ TEST(Oracle, Fp8HasOnePowerOfTwoForEachQueryAndForTheKeysOfABlock) {
     for (int64_t row = 6 * 64; row < n; ++row) set(&q, row, {1, small});
     EXPECT_NEAR(shares(0)[1], std::exp(score) / (std::exp(score) + 5), 1e-12);
   }
+  // The last query's large element leaves all others steps of 1/2.
+  for (int64_t row = 6 * 64; row < n; ++row) set(&q, row, {0.375F, 0});
+  set(&q, n - 1, {0.375F, 0x1p15F});
+  std::ranges::fill(k, 0.0F);
+  for (int64_t key = 64; key < 128; ++key) set(&k, key, {8, 0});
+  EXPECT_NEAR(shares(0)[1], std::exp(4) / (std::exp(4) + 5), 1e-12);
   // Of the last row block, whose second key, behind its first row, has the large element.
   std::ranges::fill(k, 0.0F);
   for (int64_t row = 6 * 64; row < n; ++row) set(&q, row, {16, 0});
