@@ -248,6 +248,7 @@ std::string ReportText(const SearchCommandOptions& options, const SearchResult& 
   if (json.contains("decisive_heads")) {
     const Json& heads = json.at("decisive_heads");
     absl::StrAppend(&text, heads.size(), " heads decide what is said next");
+    if (heads.empty()) absl::StrAppend(&text, ": recall alone chose");
     for (const Json& head : heads) {
       absl::StrAppend(&text, &head == &heads.front() ? ": " : ", ", head[0].get<int64_t>(), "/",
                       head[1].get<int64_t>());

@@ -6,7 +6,6 @@
 
 #include <cuda_fp8.h>
 
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -18,7 +17,7 @@ namespace longfill::cuda::share_selection {
 
 // A power of two and its inverse, both normal numbers.
 struct E4m3Scale {
-  float scale;    // brings the largest magnitude into [128, 256)
+  float scale;    // brings the largest magnitude into [128, 256), at most 2^kMostFp8Power
   float inverse;  // takes it out of products
 
   // `largest` is not negative. With kMostFp8Power what is added for samples stays finite, divided by the
@@ -44,8 +43,11 @@ __device__ __forceinline__ float2 FromE4m3(uint32_t pair, float inverse) {
 // number that it has.
 template <typename Element>
 __device__ __forceinline__ uint32_t NarrowE4m3(float2 pair) {
-  constexpr float kMost = std::is_same_v<Element, __half> ? 65504.0F : INFINITY;
-  return NarrowPair<Element>(fminf(fmaxf(pair.x, -kMost), kMost), fminf(fmaxf(pair.y, -kMost), kMost));
+  if constexpr (std::is_same_v<Element, __half>) {
+    constexpr float kMost = 65504;
+    pair = {fminf(fmaxf(pair.x, -kMost), kMost), fminf(fmaxf(pair.y, -kMost), kMost)};
+  }
+  return NarrowPair<Element>(pair.x, pair.y);
 }
 
 __device__ __forceinline__ float LargestMagnitude(float2 pair) { return fmaxf(fabsf(pair.x), fabsf(pair.y)); }

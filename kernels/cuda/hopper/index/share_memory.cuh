@@ -101,7 +101,8 @@ struct E4m3Shape {
 
 // Factors of products with the blocks of a chunk or of a list, there when its first stage is; with 16-bit
 // elements there are none. Like eights, those of a chunk are read after its last stage was given back: their
-// place is free when all warps have given back a stage of a later one. Those of a list are, when the list is.
+// place is free when all warps have given back a stage of a later one. A list's are reused as list_empty
+// says.
 template <bool kFp8, int kCount>
 struct BlockScales {
   float of_block[kCount][kChunkBlocks];
