@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "parallel/piece_layout.h"
+#include "kernels/base/piece_layout.h"
 
 namespace longfill {
 namespace {

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/base/piece_layout.h"
 #include "parallel/packing.h"
-#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/base/piece_layout.h"
 #include "kernels/sparse/coverage.h"
-#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {

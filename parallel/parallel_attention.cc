@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/piece_layout.h"
 #include "parallel/attention_layout.h"
 #include "parallel/communicator_internal.h"
 #include "parallel/head_placement.h"
 #include "parallel/packing.h"
-#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {

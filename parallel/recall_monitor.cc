@@ -6,9 +6,9 @@
 #include <set>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/piece_layout.h"
 #include "kernels/sparse/sparse_index.h"
 #include "parallel/communicator_internal.h"
-#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {

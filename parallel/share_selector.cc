@@ -4,8 +4,8 @@
 
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/base/piece_layout.h"
 #include "parallel/packing.h"
-#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {
@@ -63,36 +63,6 @@ int64_t ShareSelector::RowBlocksAtOnce() const {
   return std::min(num_row_blocks_, fitting);
 }
 
-int64_t ShareSelector::MostRepresentatives() const {
-  int64_t most = 0;
-  for (const Group& group : groups_) most = std::max(most, group.num_representatives());
-  return most;
-}
-
-int64_t ShareSelector::MostCoarse() const {
-  int64_t most = 0;
-  for (const Group& group : groups_) most = std::max(most, group.coarse);
-  return most;
-}
-
-int64_t ShareSelector::MostSamples() const {
-  int64_t most = 0;
-  for (const Group& group : groups_) most = std::max(most, group.samples);
-  return most;
-}
-
-bool ShareSelector::AnyFp8() const {
-  return std::any_of(groups_.begin(), groups_.end(), [](const Group& group) { return group.fp8; });
-}
-
-int64_t ShareSelector::MostCoarseRows() const {
-  int64_t most = 0;
-  for (const Group& group : groups_) {
-    if (group.coarse > 0) most = std::max(most, NumRepresentatives(group.samples, group.coarse));
-  }
-  return most;
-}
-
 int64_t ShareSelector::OwnRowBlocks(int64_t local_tokens) const {
   if (RowBlocksAtOnce() == num_row_blocks_) return RowBlocksOf(local_tokens);
   return std::min(RowBlocksOf(local_tokens), RowBlocksAtOnce() / plan_.mesh().size());
@@ -102,12 +72,20 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
   Scratch at;
   if (groups_.empty()) return at;
   const int64_t key_bytes = geometry_.head_dim * DTypeBytes(kernels_.compute_dtype());
-  const int64_t representatives = MostRepresentatives();
+  const auto most = [this](const auto& of) {
+    int64_t largest = 0;
+    for (const Group& group : groups_) largest = std::max<int64_t>(largest, of(group));
+    return largest;
+  };
+  const int64_t representatives = most([](const Group& group) { return group.num_representatives(); });
+  const int64_t coarse_rows = most([](const Group& group) {
+    return group.coarse == 0 ? 0 : NumRepresentatives(group.samples, group.coarse);
+  });
   const int64_t own_rows = OwnRowBlocks(local_tokens);
   const int64_t bits_bytes = HeadsAtOnce() * RowBytes();  // of a row block
   PieceLayout pieces;
   at.representatives = pieces.Add(representatives * num_key_blocks_ * key_bytes);
-  at.coarse = pieces.Add(MostCoarseRows() * (num_key_blocks_ / kCoarseBlocks) * key_bytes);
+  at.coarse = pieces.Add(coarse_rows * (num_key_blocks_ / kCoarseBlocks) * key_bytes);
   at.bits = pieces.Add(RowBlocksAtOnce() * bits_bytes);
   if (plan_.mesh().size() > 1) {
     at.own = pieces.Add(
@@ -115,17 +93,17 @@ ShareSelector::Scratch ShareSelector::ScratchFor(int64_t local_tokens) const {
     at.gathered =
         pieces.Add(std::max(representatives * num_key_blocks_ * key_bytes, RowBlocksAtOnce() * bits_bytes));
   }
-  at.workspace_bytes =
-      std::max({kernels_.ShareSelectionWorkspaceBytes({.num_heads = HeadsAtOnce(),
-                                                       .num_rows = own_rows * kRowBlock,
-                                                       .num_representatives = representatives,
-                                                       .num_key_blocks = num_key_blocks_,
-                                                       .head_dim = geometry_.head_dim,
-                                                       .num_coarse = MostCoarse(),
-                                                       .num_samples = MostSamples(),
-                                                       .fp8 = AnyFp8()}),
-                kernels_.BuildBlockListsWorkspaceBytes(HeadsAtOnce(), RowBlocksAtOnce()),
-                kernels_.CountPairsWorkspaceBytes(1, plan_.num_tokens())});
+  at.workspace_bytes = std::max({kernels_.ShareSelectionWorkspaceBytes(
+                                     {.num_heads = HeadsAtOnce(),
+                                      .num_rows = own_rows * kRowBlock,
+                                      .num_representatives = representatives,
+                                      .num_key_blocks = num_key_blocks_,
+                                      .head_dim = geometry_.head_dim,
+                                      .num_coarse = most([](const Group& group) { return group.coarse; }),
+                                      .num_samples = most([](const Group& group) { return group.samples; }),
+                                      .fp8 = most([](const Group& group) { return group.fp8; }) > 0}),
+                                 kernels_.BuildBlockListsWorkspaceBytes(HeadsAtOnce(), RowBlocksAtOnce()),
+                                 kernels_.CountPairsWorkspaceBytes(1, plan_.num_tokens())});
   at.workspace = pieces.Add(at.workspace_bytes);
   at.total_bytes = pieces.total_bytes();
   return at;

@@ -61,11 +61,6 @@ class ShareSelector {
   int64_t RowBytes() const;         // of the bits of one row block
   int64_t HeadsAtOnce() const;      // whose bits are kept together; 1 where those of one head are too many
   int64_t RowBlocksAtOnce() const;  // of the prompt, for each of these heads
-  int64_t MostRepresentatives() const;
-  int64_t MostCoarse() const;
-  int64_t MostSamples() const;
-  bool AnyFp8() const;
-  int64_t MostCoarseRows() const;                    // that represent a coarse block
   int64_t OwnRowBlocks(int64_t local_tokens) const;  // at most, of those
 
   const KernelSet& kernels_;

@@ -5,8 +5,8 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/piece_layout.h"
 #include "parallel/packing.h"
-#include "parallel/piece_layout.h"
 
 namespace longfill {
 namespace {

@@ -102,18 +102,10 @@ class SharesBench {
     LF_ASSIGN_OR_RETURN(row_offsets_, allocate(group_ * (num_row_blocks_ + 1) * 8, "row offsets"));
     LF_ASSIGN_OR_RETURN(key_blocks_, allocate(Capacity() * 4, "lists of key blocks"));
     LF_ASSIGN_OR_RETURN(num_entries_, allocate(8, "the number of entries"));
-    LF_ASSIGN_OR_RETURN(
-        workspace_,
-        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes({.num_heads = group_,
-                                                                 .num_rows = num_tokens_,
-                                                                 .num_representatives = num_representatives(),
-                                                                 .num_key_blocks = num_key_blocks_,
-                                                                 .head_dim = dim(),
-                                                                 .num_coarse = pattern_.coarse,
-                                                                 .num_samples = pattern_.samples,
-                                                                 .fp8 = pattern_.fp8}),
-                          kernels_.BuildBlockListsWorkspaceBytes(group_, num_row_blocks_)),
-                 "the workspace of selection"));
+    LF_ASSIGN_OR_RETURN(workspace_,
+                        allocate(std::max(kernels_.ShareSelectionWorkspaceBytes(BoundsOf(SelectionParams())),
+                                          kernels_.BuildBlockListsWorkspaceBytes(group_, num_row_blocks_)),
+                                 "the workspace of selection"));
     return absl::OkStatus();
   }
 
@@ -169,26 +161,26 @@ class SharesBench {
                                            .out = coarse_.data()},
                                           stream_);
   }
-  absl::Status Select() {
-    return kernels_.SelectByShare({.q = Heads(q_),
-                                   .num_heads = group_,
-                                   .num_rows = num_tokens_,
-                                   .representatives = representatives_.data(),
-                                   .num_representatives = num_representatives(),
-                                   .num_samples = pattern_.samples,
-                                   .own_k = k_.data(),
-                                   .own_k_row_stride = dim(),
-                                   .num_key_blocks = num_key_blocks_,
-                                   .coarse = coarse_.data(),
-                                   .num_coarse = pattern_.coarse,
-                                   .fp8 = pattern_.fp8,
-                                   .head_dim = dim(),
-                                   .scale = scale_,
-                                   .min_share = min_share_,
-                                   .bits = bits_.as<uint64_t>(),
-                                   .words_per_row = words_},
-                                  workspace(), stream_);
+  ShareSelectionParams SelectionParams() const {
+    return {.q = Heads(q_),
+            .num_heads = group_,
+            .num_rows = num_tokens_,
+            .representatives = representatives_.data(),
+            .num_representatives = num_representatives(),
+            .num_samples = pattern_.samples,
+            .own_k = k_.data(),
+            .own_k_row_stride = dim(),
+            .num_key_blocks = num_key_blocks_,
+            .coarse = coarse_.data(),
+            .num_coarse = pattern_.coarse,
+            .fp8 = pattern_.fp8,
+            .head_dim = dim(),
+            .scale = scale_,
+            .min_share = min_share_,
+            .bits = bits_.as<uint64_t>(),
+            .words_per_row = words_};
   }
+  absl::Status Select() { return kernels_.SelectByShare(SelectionParams(), workspace(), stream_); }
   absl::Status MakeLists() {
     LF_RETURN_IF_ERROR(kernels_.Zero(num_entries_.data(), 8, stream_));
     return kernels_.BuildBlockLists({.bits = bits_.as<uint64_t>(),

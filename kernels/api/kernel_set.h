@@ -420,6 +420,16 @@ struct ShareSelectionBounds {
   int64_t num_samples = 0;
   bool fp8 = false;
 };
+inline ShareSelectionBounds BoundsOf(const ShareSelectionParams& params) {
+  return {.num_heads = params.num_heads,
+          .num_rows = params.num_rows,
+          .num_representatives = params.num_representatives,
+          .num_key_blocks = params.num_key_blocks,
+          .head_dim = params.head_dim,
+          .num_coarse = params.num_coarse,
+          .num_samples = params.num_samples,
+          .fp8 = params.fp8};
+}
 
 // Bits of row blocks to lists of key blocks, head after head in one array: they follow the entries of earlier
 // calls. One call takes all row blocks of its heads, or some of one head, whose next ones come with the next

@@ -20,12 +20,6 @@ constexpr int kLargestExponent = 7;     // that elements are brought to
 constexpr int32_t BitsOfPower(int exponent) { return (exponent + kBias) << kFractionBits; }
 constexpr float Power(int exponent) { return std::bit_cast<float>(BitsOfPower(exponent)); }
 
-// Two factors, since a power that takes the smallest or largest floats to [128, 256) is none itself.
-struct TwoPowers {
-  explicit TwoPowers(int exponent) : first(Power(exponent / 2)), second(Power(exponent - exponent / 2)) {}
-  float first, second;
-};
-
 // Of floats, in the order of magnitudes; beyond all finite ones for infinity and NaN.
 int32_t LargestMagnitudeBits(const RowsToRound& rows) {
   int32_t largest = 0;
@@ -36,13 +30,6 @@ int32_t LargestMagnitudeBits(const RowsToRound& rows) {
     }
   }
   return largest;
-}
-
-// floor(log2) of a magnitude above 0.
-int ExponentOf(int32_t magnitude_bits) {
-  const int biased = magnitude_bits >> kFractionBits;
-  if (biased > 0) return biased - kBias;
-  return std::bit_width(static_cast<uint32_t>(magnitude_bits)) - kFractionBits - kBias;
 }
 
 // Of |x| below 256: adding a power of two whose last fraction bit is worth one spacing of E4M3 at x rounds
@@ -62,8 +49,9 @@ float RoundOne(float x) {
 void RoundToE4m3(const RowsToRound& rows) {
   const int32_t largest = LargestMagnitudeBits(rows);
   const bool copies = largest == 0 || largest >= kExponentMask;
-  const int exponent = copies ? 0 : std::min(kMostFp8Power, kLargestExponent - ExponentOf(largest));
-  const TwoPowers up(exponent), down(-exponent);
+  const int exponent =
+      copies ? 0 : std::min(kMostFp8Power, kLargestExponent + kBias - (largest >> kFractionBits));
+  const float up = Power(exponent), down = Power(-exponent);
   for (int64_t row = 0; row < rows.num_rows; ++row) {
     const float* from = rows.from + row * rows.from_stride;
     float* to = rows.to + row * rows.to_stride;
@@ -72,7 +60,7 @@ void RoundToE4m3(const RowsToRound& rows) {
       continue;
     }
     for (int64_t i = 0; i < rows.width; ++i) {
-      to[i] = RoundOne(from[i] * up.first * up.second) * down.first * down.second;
+      to[i] = RoundOne(from[i] * up) * down;
     }
   }
 }

@@ -457,14 +457,7 @@ absl::Status CpuSelectByShare(const ShareSelectionParams& params, Workspace work
   LF_RETURN_IF_ERROR(CheckAtLeast("share selection", "num_rows", params.num_rows, 0));
   if (params.num_heads == 0 || params.num_rows == 0) return absl::OkStatus();
   LF_RETURN_IF_ERROR(CheckSelection(params));
-  const ShareSelectionBounds bounds = {.num_heads = params.num_heads,
-                                       .num_rows = params.num_rows,
-                                       .num_representatives = params.num_representatives,
-                                       .num_key_blocks = params.num_key_blocks,
-                                       .head_dim = params.head_dim,
-                                       .num_coarse = params.num_coarse,
-                                       .num_samples = params.num_samples,
-                                       .fp8 = params.fp8};
+  const ShareSelectionBounds bounds = BoundsOf(params);
   LF_RETURN_IF_ERROR(CheckWorkspace("share selection", workspace,
                                     CpuShareSelectionWorkspaceBytes(bounds, pool.num_threads())));
   const int64_t row_blocks = RowBlocksOf(params.num_rows);

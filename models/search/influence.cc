@@ -188,7 +188,6 @@ class InfluencePass {
           LF_RETURN_IF_ERROR(options_.state->SaveInfluence({options_.pass, sample, layer}, influence));
         }
         UnitAt(sample, layer) = std::move(influence);
-        LF_RETURN_IF_ERROR(pass->GoBack());
       }
       LF_RETURN_IF_ERROR(RunLayer(*pass, layer, base_));
     }
@@ -201,9 +200,9 @@ class InfluencePass {
     for (int64_t head = 0; head < num_heads_; ++head) {
       std::vector<HeadPattern> patterns = base_;
       patterns[static_cast<size_t>(head)] = cut;
-      LF_RETURN_IF_ERROR(pass.GoBack());
       LF_RETURN_IF_ERROR(RunToEnd(pass, layer, patterns));
       LF_ASSIGN_OR_RETURN(const std::vector<float> logits, pass.NextTokenLogits());
+      LF_RETURN_IF_ERROR(pass.GoBack());
       influence.push_back(Divergence(whole, logits));
       if (!std::isfinite(influence.back())) {
         return absl::InternalError(absl::StrCat("layer ", layer, ", head ", head,

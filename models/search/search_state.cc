@@ -43,6 +43,15 @@ absl::StatusOr<HeadScore> ParseScore(const Json& json) {
                    json[3].get<int64_t>()};
 }
 
+// Of a unit's file; none if it is not there.
+absl::StatusOr<std::optional<Json>> ReadUnit(const std::string& path) {
+  const absl::StatusOr<std::string> text = ReadSmallFile(path, kMaxStateBytes);
+  if (absl::IsNotFound(text.status())) return std::optional<Json>();
+  LF_RETURN_IF_ERROR(text.status());
+  LF_ASSIGN_OR_RETURN(Json json, ParseJson(*text, path, kJsonLimits));
+  return std::optional(std::move(json));
+}
+
 absl::StatusOr<UnitScores> ParseUnit(const Json& json, int64_t num_candidates, int64_t num_heads) {
   if (!json.is_array() || static_cast<int64_t>(json.size()) != num_candidates) {
     return absl::InvalidArgumentError(absl::StrCat("is no list of ", num_candidates, " candidates"));
@@ -93,11 +102,9 @@ std::string SearchState::PathOf(const ScoreUnit& unit) const {
 absl::StatusOr<std::optional<UnitScores>> SearchState::Load(const ScoreUnit& unit, int64_t num_candidates,
                                                             int64_t num_heads) const {
   const std::string path = PathOf(unit);
-  const absl::StatusOr<std::string> text = ReadSmallFile(path, kMaxStateBytes);
-  if (absl::IsNotFound(text.status())) return std::optional<UnitScores>();
-  LF_RETURN_IF_ERROR(text.status());
-  LF_ASSIGN_OR_RETURN(const Json json, ParseJson(*text, path, kJsonLimits));
-  absl::StatusOr<UnitScores> scores = ParseUnit(json, num_candidates, num_heads);
+  LF_ASSIGN_OR_RETURN(const std::optional<Json> json, ReadUnit(path));
+  if (!json) return std::optional<UnitScores>();
+  absl::StatusOr<UnitScores> scores = ParseUnit(*json, num_candidates, num_heads);
   if (!scores.ok()) return Annotate(scores.status(), path);
   return std::optional<UnitScores>(*std::move(scores));
 }
@@ -117,16 +124,14 @@ absl::Status SearchState::Save(const ScoreUnit& unit, const UnitScores& scores) 
 absl::StatusOr<std::optional<std::vector<double>>> SearchState::LoadInfluence(const ScoreUnit& unit,
                                                                               int64_t num_heads) const {
   const std::string path = PathOf(unit);
-  const absl::StatusOr<std::string> text = ReadSmallFile(path, kMaxStateBytes);
-  if (absl::IsNotFound(text.status())) return std::optional<std::vector<double>>();
-  LF_RETURN_IF_ERROR(text.status());
-  LF_ASSIGN_OR_RETURN(const Json json, ParseJson(*text, path, kJsonLimits));
-  const bool numbers = json.is_array() && static_cast<int64_t>(json.size()) == num_heads &&
-                       std::all_of(json.begin(), json.end(), [](const Json& x) { return x.is_number(); });
+  LF_ASSIGN_OR_RETURN(const std::optional<Json> json, ReadUnit(path));
+  if (!json) return std::optional<std::vector<double>>();
+  const bool numbers = json->is_array() && static_cast<int64_t>(json->size()) == num_heads &&
+                       std::all_of(json->begin(), json->end(), [](const Json& x) { return x.is_number(); });
   if (!numbers) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": is no list of ", num_heads, " numbers"));
   }
-  return std::optional(json.get<std::vector<double>>());
+  return std::optional(json->get<std::vector<double>>());
 }
 
 absl::Status SearchState::SaveInfluence(const ScoreUnit& unit, const std::vector<double>& influence) const {

@@ -217,7 +217,7 @@ def scores_of(q, rows, scale, visible, samples, keys):
 def to_e4m3(x, dims):
     """Rounded to E4M3, as float: elements along dims share the power of two that brings the largest into [128, 256)."""
     x = x.float()
-    exponent = 8 - torch.frexp(x.abs().amax(dims, keepdim=True)).exponent
+    exponent = (8 - torch.frexp(x.abs().amax(dims, keepdim=True)).exponent).clamp(max=47)
     scaled = torch.ldexp(x, exponent)
     spacing = (torch.frexp(scaled).exponent - 1).clamp(min=-6) - 3
     return torch.ldexp(torch.ldexp(torch.ldexp(scaled, -spacing).round(), spacing), -exponent)

@@ -97,15 +97,7 @@ class ShareFixture : public BackendTest {
     params.min_share = c.min_share;
     params.bits = bits.as<uint64_t>();
     params.words_per_row = words;
-    const Workspace workspace =
-        NewWorkspace(kernels().ShareSelectionWorkspaceBytes({.num_heads = heads,
-                                                             .num_rows = c.rows,
-                                                             .num_representatives = c.num_representatives,
-                                                             .num_key_blocks = c.num_key_blocks,
-                                                             .head_dim = c.dim,
-                                                             .num_coarse = c.num_coarse,
-                                                             .num_samples = c.num_samples,
-                                                             .fp8 = c.fp8}));
+    const Workspace workspace = NewWorkspace(kernels().ShareSelectionWorkspaceBytes(BoundsOf(params)));
     LF_EXPECT_OK(kernels().SelectByShare(params, workspace, stream()));
     const std::vector<uint64_t> flat = Download<uint64_t>(bits.data(), heads * row_blocks * words);
     Bits result(static_cast<size_t>(heads));

@@ -19,15 +19,18 @@
 
 namespace longfill::cuda::hopper {
 
-template <int kHeadDimOf>
+template <int kHeadDimOf, int kElementBytesOf = 2>
 struct Shape {
   static constexpr int kHeadDim = kHeadDimOf;
+  static constexpr int kElementBytes = kElementBytesOf;
+  static constexpr int kHeadBytes = kHeadDim * kElementBytes;
   // Rows of K and V lie in shared memory as blocks of so many dims, each 64 rows of the swizzle's width.
-  static constexpr int kBlockDims = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kRowBytes = kHeadBytes % 128 == 0 ? 128 : kHeadBytes % 64 == 0 ? 64 : 32;
+  static constexpr int kBlockDims = kRowBytes / kElementBytes;
   static constexpr int kBlocks = kHeadDim / kBlockDims;
-  static constexpr int kRowBytes = kBlockDims * 2;
   static constexpr int kBlockBytes = kSlotKeys * kRowBytes;
   static constexpr int kSlotBytes = kBlocks * kBlockBytes;  // K or V of a slot
+  static constexpr int kSteps = kHeadBytes / 32;            // of a product of queries and keys
   static constexpr int kStages = (96 << 10) / kSlotBytes;
 };
 

@@ -5,6 +5,7 @@
 // (of the four) has group g = l / 4 and place t = l % 4:
 //   A [64, 16], 4 registers: rows 16 w + g and 16 w + g + 8 of columns 2t, 2t + 1, then the same of columns
 //   2t + 8, 2t + 9
+//   A [64, 32] of E4M3: the same of columns 4t .. 4t + 3, then of 4t + 16 .. 4t + 19
 //   C [64, N], N / 2 floats: for each 8 columns row 16 w + g, columns 2t, 2t + 1; row 16 w + g + 8, the same
 // Products run on their own once issued: between StartProducts and the wait that ends them nobody touches the
 // registers of A and C.
@@ -18,17 +19,18 @@
 
 namespace longfill::cuda::hopper {
 
-// B in shared memory as blocks of kBlockBytes (the width of the swizzle, 64 or 128) x 64 keys. The low half
-// of a descriptor is the address and the leading offset, the high one the stride and the swizzle, all offsets
-// in units of 16 bytes.
-//   K [64 keys, 16 dims], K-major: the stride leads from 8 keys to the next 8; 16 dims are 32 bytes on.
+// B in shared memory as blocks of kBlockBytes (the width of the swizzle, 32, 64 or 128) x 64 keys. The low
+// half of a descriptor is the address and the leading offset, the high one the stride and the swizzle, all
+// offsets in units of 16 bytes.
+//   K [64 keys, 16 dims, or 32 of E4M3], K-major: the stride leads from 8 keys to the next 8; the next dims
+//   are 32 bytes on; the leading offset is not read.
 //   V [16 keys, N dims], N-major: the leading offset leads from block to block, the stride from 8 keys to the
 //   next 8.
 template <int kBlockBytes>
 struct BDescriptor {
-  static_assert(kBlockBytes == 64 || kBlockBytes == 128);
+  static_assert(kBlockBytes == 32 || kBlockBytes == 64 || kBlockBytes == 128);
   static constexpr uint32_t kStride = 8 * kBlockBytes / 16;
-  static constexpr uint32_t kSwizzle = kBlockBytes == 128 ? 1 : 2;
+  static constexpr uint32_t kSwizzle = kBlockBytes == 128 ? 1 : kBlockBytes == 64 ? 2 : 3;
   static constexpr uint32_t kHigh = kStride | kSwizzle << 30;
   static constexpr uint32_t kLeading = 64 * kBlockBytes / 16;
 
@@ -36,6 +38,9 @@ struct BDescriptor {
   __device__ __forceinline__ static uint32_t Low(uint32_t address) { return address >> 4 | kLeading << 16; }
   __device__ __forceinline__ static uint64_t Of(uint32_t low) { return uint64_t{kHigh} << 32 | low; }
 };
+
+// As the type of elements: both factors are E4M3. The tensor cores add their products with about 13 bits.
+struct E4m3 {};
 
 // Orders what this warp did with registers of A and C before products that follow.
 __device__ __forceinline__ void StartProducts() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
@@ -103,6 +108,13 @@ __device__ __forceinline__ void MultiplyKeys(float (&c)[32], const uint32_t (&a)
     asm volatile(LF_WGMMA("m64n64k16", "bf16", LF_LIST32, 32, 33, 34, 35, 36, 37, 0)
                  : LF_C32(c)
                  : LF_A(a), "l"(b), "n"(kKeep ? 1 : 0));
+  } else if constexpr (std::is_same_v<Element, E4m3>) {
+    asm volatile(  // B is K-major, which is not said
+        "{\n.reg .pred keep;\nsetp.ne.b32 keep, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" LF_LIST32
+        "}, {%32, %33, %34, %35}, %36, keep, 1, 1;\n}\n"
+        : LF_C32(c)
+        : LF_A(a), "l"(b), "n"(kKeep ? 1 : 0));
   } else {
     asm volatile(LF_WGMMA("m64n64k16", "f16", LF_LIST32, 32, 33, 34, 35, 36, 37, 0)
                  : LF_C32(c)

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/piece_layout.h"
 #include "kernels/cuda/check.h"
 #include "kernels/cuda/hopper/index/share_selection.h"
 #include "kernels/cuda/index/round_to_e4m3.h"
@@ -69,31 +70,16 @@ int64_t TileRows(int64_t head_dim, bool hopper) {
   return head_dim <= 128 ? ShareShape<128>::kRows : ShareShape<256>::kRows;
 }
 
-// Offsets of the pieces of a workspace, in bytes.
-class WorkspaceLayout {
- public:
-  int64_t Take(int64_t bytes) {
-    const int64_t offset = total_bytes_;
-    total_bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
-  }
-  int64_t total_bytes() const { return total_bytes_; }
-
- private:
-  static constexpr int64_t kAlignment = 128;
-  int64_t total_bytes_ = 0;
-};
-
 // What the first of two levels leaves for the second: which coarse blocks are open to each row block, and
 // each row's sum over them.
 struct CoarseLayout {
-  CoarseLayout(const ShareSelectionBounds& bounds, WorkspaceLayout* layout)
+  CoarseLayout(const ShareSelectionBounds& bounds, PieceLayout* layout)
       : num_coarse_blocks(bounds.num_key_blocks / kCoarseBlocks) {
     if (bounds.num_coarse == 0 || num_coarse_blocks == 0) return;
     open_words = (num_coarse_blocks + 63) / 64;
-    open = layout->Take(bounds.num_heads * RowBlocksOf(bounds.num_rows) * open_words *
-                        static_cast<int64_t>(sizeof(uint64_t)));
-    sums = layout->Take(bounds.num_heads * bounds.num_rows * static_cast<int64_t>(sizeof(float)));
+    open = layout->Add(bounds.num_heads * RowBlocksOf(bounds.num_rows) * open_words *
+                       static_cast<int64_t>(sizeof(uint64_t)));
+    sums = layout->Add(bounds.num_heads * bounds.num_rows * static_cast<int64_t>(sizeof(float)));
   }
   int64_t num_coarse_blocks = 0;
   int64_t open_words = 0;  // of a row block; 0: there is one level
@@ -108,14 +94,14 @@ struct Fp8Layout {
     int64_t scales = 0;
   };
 
-  Fp8Layout(const ShareSelectionBounds& bounds, bool with_scales, WorkspaceLayout* layout)
+  Fp8Layout(const ShareSelectionBounds& bounds, bool with_scales, PieceLayout* layout)
       : element_bytes(with_scales ? 1 : 2) {
     if (!bounds.fp8) return;
     const auto take = [&](int64_t rows, int64_t groups) {
       Part part;
-      part.values = layout->Take(rows * bounds.head_dim * element_bytes);
+      part.values = layout->Add(rows * bounds.head_dim * element_bytes);
       // The Hopper kernel reads whole eights of scales.
-      if (with_scales) part.scales = layout->Take((groups + 7) / 8 * 8 * static_cast<int64_t>(sizeof(float)));
+      if (with_scales) part.scales = layout->Add((groups + 7) / 8 * 8 * static_cast<int64_t>(sizeof(float)));
       return part;
     };
     const int64_t coarse_blocks = bounds.num_key_blocks / kCoarseBlocks;
@@ -132,21 +118,10 @@ struct Fp8Layout {
 struct Layout {
   Layout(const ShareSelectionBounds& bounds, bool hopper)
       : coarse(bounds, &workspace), fp8(bounds, hopper, &workspace) {}
-  WorkspaceLayout workspace;
+  PieceLayout workspace;
   CoarseLayout coarse;
   Fp8Layout fp8;
 };
-
-ShareSelectionBounds BoundsOf(const ShareSelectionParams& params) {
-  return {.num_heads = params.num_heads,
-          .num_rows = params.num_rows,
-          .num_representatives = params.num_representatives,
-          .num_key_blocks = params.num_key_blocks,
-          .head_dim = params.head_dim,
-          .num_coarse = params.num_coarse,
-          .num_samples = params.num_samples,
-          .fp8 = params.fp8};
-}
 
 class Launcher {
  public:
@@ -154,7 +129,7 @@ class Launcher {
            bool hopper, cudaStream_t stream)
       : params_(params),
         layout_(layout),
-        workspace_(static_cast<char*>(workspace.data)),
+        workspace_(workspace.data),
         dtype_(dtype),
         stream_(stream),
         hopper_(hopper),
@@ -217,8 +192,8 @@ class Launcher {
   RoundedRows RowsTo(const Fp8Layout::Part& part) const {
     RoundedRows rows;
     rows.head_dim = params_.head_dim;
-    rows.out = workspace_ + part.values;
-    if (hopper_) rows.scales = reinterpret_cast<float*>(workspace_ + part.scales);
+    rows.out = PieceAt<void>(workspace_, part.values);
+    if (hopper_) rows.scales = PieceAt<float>(workspace_, part.scales);
     return rows;
   }
 
@@ -283,11 +258,11 @@ class Launcher {
   }
   int64_t FirstRowBlock(int64_t head) const { return head * RowBlocksOf(params_.num_rows); }
   uint64_t* OpenOf(int64_t head) const {
-    return reinterpret_cast<uint64_t*>(workspace_ + layout_.coarse.open) +
+    return PieceAt<uint64_t>(workspace_, layout_.coarse.open) +
            FirstRowBlock(head) * layout_.coarse.open_words;
   }
   float* SumsOf(int64_t head) const {
-    return reinterpret_cast<float*>(workspace_ + layout_.coarse.sums) + head * params_.num_rows;
+    return PieceAt<float>(workspace_, layout_.coarse.sums) + head * params_.num_rows;
   }
 
   // All tiles of the heads from `head` on, some at a time, against `num_blocks` blocks.
@@ -320,7 +295,7 @@ class Launcher {
 
   const ShareSelectionParams& params_;
   const Layout& layout_;
-  char* const workspace_;
+  void* const workspace_;
   const DType dtype_;
   const cudaStream_t stream_;
   const bool hopper_;

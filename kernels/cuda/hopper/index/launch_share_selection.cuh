@@ -41,7 +41,7 @@ template <DType kDType, int kHeadDim, bool kFp8>
 absl::Status LaunchShareSelection(const ShareSelectionArgs& args, int64_t num_tiles, const ShareMaps& maps,
                                   cudaStream_t stream) {
   using Element = std::conditional_t<kDType == DType::kBFloat16, __nv_bfloat16, __half>;
-  using ShapeOf = std::conditional_t<kFp8, share::E4m3Shape<kHeadDim>, share::WideShape<kHeadDim>>;
+  using ShapeOf = Shape<kHeadDim, kFp8 ? 1 : 2>;
   static_assert(sizeof(share::Memory<ShapeOf>) <= 227 << 10);  // of a thread block on sm_90
   return Launch("HopperShareSelectionKernel", share::HopperShareSelectionKernel<Element, ShapeOf>,
                 {.grid_x = num_tiles * args.num_heads,

@@ -5,8 +5,9 @@
 // second run beside the maximum of the first; the other two warpgroups fill the rest.
 
 #include <cstdint>
+#include <type_traits>
 
-#include "kernels/cuda/hopper/index/e4m3_products.cuh"
+#include "kernels/cuda/hopper/index/e4m3_queries.cuh"
 #include "kernels/cuda/hopper/index/score_list.cuh"
 #include "kernels/cuda/hopper/index/share_memory.cuh"
 #include "kernels/cuda/hopper/key_products.cuh"
@@ -97,12 +98,8 @@ class Consumer {
 
   // Starts products = q stage^T, a group.
   __device__ __forceinline__ void Multiply(uint32_t stage, float (&products)[32]) {
-    const uint32_t address = SharedAddress(memory_.stages[stage]);
-    if constexpr (kFp8) {
-      MultiplyStage<ShapeOf>(q_, address, products);
-    } else {
-      MultiplySlotKeys<Element, ShapeOf>(q_, address, products);
-    }
+    using Factor = std::conditional_t<kFp8, E4m3, Element>;
+    MultiplySlotKeys<Factor, ShapeOf>(q_, SharedAddress(memory_.stages[stage]), products);
     EndProducts();
   }
   __device__ __forceinline__ void RaiseScores(const float (&products)[32]) {

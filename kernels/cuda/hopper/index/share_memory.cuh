@@ -81,24 +81,6 @@ struct StageRing {
   }
 };
 
-// Stages as they lie in shared memory: of 16-bit elements, or of E4M3.
-template <int kHeadDim>
-struct WideShape : Shape<kHeadDim> {
-  static constexpr int kElementBytes = 2;
-  static constexpr int kSteps = kHeadDim / 16;  // of a product
-};
-template <int kHeadDimOf>
-struct E4m3Shape {
-  static constexpr int kElementBytes = 1;
-  static constexpr int kHeadDim = kHeadDimOf;
-  static constexpr int kSteps = kHeadDim / 32;
-  static constexpr int kBlockDims = kHeadDim % 128 == 0 ? 128 : kHeadDim % 64 == 0 ? 64 : 32;
-  static constexpr int kBlocks = kHeadDim / kBlockDims;
-  static constexpr int kRowBytes = kBlockDims;
-  static constexpr int kBlockBytes = kSlotKeys * kRowBytes;
-  static constexpr int kSlotBytes = kBlocks * kBlockBytes;
-};
-
 // Factors of products with the blocks of a chunk or of a list, there when its first stage is; with 16-bit
 // elements there are none. Like eights, those of a chunk are read after its last stage was given back: their
 // place is free when all warps have given back a stage of a later one. A list's are reused as list_empty

@@ -1,5 +1,5 @@
-#ifndef LONGFILL_PARALLEL_PIECE_LAYOUT_H_
-#define LONGFILL_PARALLEL_PIECE_LAYOUT_H_
+#ifndef LONGFILL_KERNELS_BASE_PIECE_LAYOUT_H_
+#define LONGFILL_KERNELS_BASE_PIECE_LAYOUT_H_
 
 #include <cstdint>
 
@@ -30,4 +30,4 @@ T* PieceAt(void* base, int64_t offset) {
 
 }  // namespace longfill
 
-#endif  // LONGFILL_PARALLEL_PIECE_LAYOUT_H_
+#endif  // LONGFILL_KERNELS_BASE_PIECE_LAYOUT_H_
