@@ -83,8 +83,10 @@ absl::StatusOr<std::string> FindPatternFile(const std::string& directory,
     }
   }
   if (is_file(folder / kAnyModel)) return (folder / kAnyModel).string();
-  return absl::NotFoundError(absl::StrCat("no pattern file in ", directory, " for a model named ",
-                                          absl::StrJoin(names, " or "), ", nor ", std::string(kAnyModel)));
+  const std::string model = names.empty() ? "without a name (give the file itself)"
+                                          : absl::StrCat("named ", absl::StrJoin(names, " or "));
+  return absl::NotFoundError(absl::StrCat("no pattern file in ", directory, " for a model ", model, ", nor ",
+                                          std::string(kAnyModel)));
 }
 
 }  // namespace longfill

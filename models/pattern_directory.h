@@ -19,7 +19,8 @@ std::vector<std::string> ModelNames(const std::string& model_dir, std::string_vi
 
 // The file of `directory` for the first of the names that it has one for: NAME.json, else the file that
 // MInference publishes for a model of that name (upper and lower case are the same), else patterns.json,
-// which is for any model. NotFound says where and for which names was looked.
+// which is for any model and the only one for a geometry, which has no name. NotFound says where and for
+// which names was looked.
 absl::StatusOr<std::string> FindPatternFile(const std::string& directory, std::span<const std::string> names);
 
 }  // namespace longfill

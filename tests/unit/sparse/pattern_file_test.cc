@@ -362,6 +362,8 @@ TEST(PatternDirectory, TheModelsOwnFileComesFirstThenThePublishedOneThenAnyModel
   EXPECT_THAT(FindPatternFile(folder, names),
               StatusIs(absl::StatusCode::kNotFound, AllOf(HasSubstr(folder), HasSubstr("copy or Qwen2.5-7B"),
                                                           HasSubstr("patterns.json"))));
+  EXPECT_THAT(FindPatternFile(folder, {}),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("without a name (give the file itself)")));
   for (const char* name : {"patterns.json", "Qwen2.5_7B_Instruct_1M.json", "Qwen2.5-7B-Instruct-1M.json",
                            "copy.json"}) {  // each goes before the last
     std::ofstream(directory.File(name)) << "[]";
