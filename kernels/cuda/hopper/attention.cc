@@ -56,16 +56,17 @@ absl::Status EncodeKeys(const char* name, const HeadsView<const void>& view, con
                         const AttentionParams& params, DType dtype, CUtensorMap* map) {
   const int64_t first_row = sequence.k_row_of_0 + sequence.key_range_begin;
   const int block_dims = params.head_dim % 64 == 0 ? 64 : 32;
-  return EncodeTensorMap(name, static_cast<const char*>(view.data) + 2 * first_row * view.row_stride, dtype,
-                         {.head_dim = params.head_dim,
-                          .num_rows = sequence.key_range_end - sequence.key_range_begin,
-                          .num_heads = params.num_kv_heads,
-                          .row_stride = view.row_stride,
-                          .head_stride = view.head_stride,
-                          .box_dims = block_dims,
-                          .box_rows = kSlotKeys,
-                          .swizzle_bytes = 2 * block_dims},
-                         map);
+  return EncodeWholeRowsMap(name, static_cast<const char*>(view.data) + 2 * first_row * view.row_stride,
+                            dtype,
+                            {.head_dim = params.head_dim,
+                             .num_rows = sequence.key_range_end - sequence.key_range_begin,
+                             .num_heads = params.num_kv_heads,
+                             .row_stride = view.row_stride,
+                             .head_stride = view.head_stride,
+                             .box_dims = block_dims,
+                             .box_rows = kSlotKeys,
+                             .swizzle_bytes = 2 * block_dims},
+                            map);
 }
 
 // K's map and V's for each sequence; those of a sequence without keys are not used.

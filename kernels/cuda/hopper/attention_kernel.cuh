@@ -10,6 +10,7 @@
 #include "kernels/cuda/attention/attention_args.h"
 #include "kernels/cuda/hopper/half_rows.cuh"
 #include "kernels/cuda/hopper/load_slots.cuh"
+#include "kernels/cuda/hopper/pair_slots.cuh"
 #include "kernels/cuda/hopper/plan_tiles.cuh"
 #include "kernels/cuda/hopper/query_rows.cuh"
 #include "kernels/cuda/hopper/shared_memory.cuh"
@@ -26,6 +27,8 @@ __device__ __forceinline__ void Produce(const attention::Args& args, SharedMemor
     SlotLoader<ShapeOf, /*kValues=*/false>(args, shared).Run();
   } else if (warp == kValueWarp) {
     SlotLoader<ShapeOf, /*kValues=*/true>(args, shared).Run();
+  } else if (warp == kPairWarp) {
+    SlotPairer<ShapeOf>(shared).Run();
   }
 }
 

@@ -33,11 +33,15 @@ __device__ __forceinline__ void Arrive(Barrier* barrier) {
                : "memory");
 }
 // The same for so many threads.
-template <int kThreadsOf>
-__device__ __forceinline__ void ArriveFor(Barrier* barrier) {
+__device__ __forceinline__ void ArriveFor(Barrier* barrier, int threads) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(SharedAddress(barrier)),
-               "n"(kThreadsOf)
+               "r"(threads)
                : "memory");
+}
+// The phase also waits for all cp.async that this thread has issued; somebody's arrival must still be to
+// come. Who reads what they copied by wgmma needs FenceSharedForAsync after the wait.
+__device__ __forceinline__ void ExpectCopies(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];\n" ::"r"(SharedAddress(barrier)) : "memory");
 }
 // This thread's arrival, made when all cp.async that it has issued are complete. Who reads what they copied
 // by wgmma needs FenceSharedForAsync after the wait.
@@ -60,6 +64,21 @@ __device__ __forceinline__ bool HasEnded(Barrier* barrier, uint32_t parity) {
       "{\n"
       ".reg .pred ended;\n"
       "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, ended;\n"
+      "}\n"
+      : "=r"(ended)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
+// The same at once.
+__device__ __forceinline__ bool HasEndedNow(Barrier* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred ended;\n"
+      "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\n"
       "selp.u32 %0, 1, 0, ended;\n"
       "}\n"
       : "=r"(ended)

@@ -108,19 +108,23 @@ class HalfRows {
   __device__ __forceinline__ void Run(Reader* reader, ProductTurns<ShapeOf>* turns) {
     SlotPair pair = reader->Next();
     while (InAllLanes(pair.first.exists())) {
+      reader->WaitForKeys(pair);
       MultiplyKeysOf(*reader, pair);
       WaitForProducts<0>();
       PinScores();
       reader->ReleaseKeys(pair);
+      reader->LookAhead();
       Softmax(*reader, pair);
       Rescale();
       PackProbabilities();
       while (true) {
-        const SlotPair next = reader->NextNear(pair.first);
+        const SlotPair next = reader->Ahead();
         if (InAllLanes(!next.first.exists())) break;
-        reader->WaitForValues(pair);
+        reader->Pass();
+        reader->WaitFor(next, pair);
         turns->Take();
         MultiplyKeysOf(*reader, next);
+        reader->LookAhead();  // while products with K run
         MultiplyValuesOf(*reader, pair);
         WaitForProducts<1>();
         PinScores();
@@ -182,8 +186,10 @@ class HalfRows {
   // Scores become probabilities relative to max, which is raised where it must be; factor_ is then what the
   // sums so far have to be multiplied by.
   __device__ __forceinline__ void Softmax(const Reader& reader, const SlotPair& pair) {
-    Mask(reader, pair.first, false, scores_[0]);
-    Mask(reader, pair.second, !pair.has_two(), scores_[1]);
+    if (pair.any_masked() || !pair.has_two()) {
+      Mask(reader, pair.first, false, scores_[0]);
+      Mask(reader, pair.second, !pair.has_two(), scores_[1]);
+    }
     RaiseMax();
     float base[2];
 #pragma unroll
@@ -222,15 +228,14 @@ class HalfRows {
     return (largest - before) * args_.scale_log2 > kMaxSlackLog2;
   }
   __device__ __forceinline__ void RaiseMax() {
-    float part[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
+    float part[2][2];  // of a row in two chains, so that they do not wait for themselves
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-#pragma unroll
-      for (int place = 0; place < 2; ++place) {
-        part[place][i / 2 % 2] = fmaxf(part[place][i / 2 % 2], scores_[place][i]);
-      }
+      float& most = part[i / 2 % 2][i % 2];
+      const float of_both = fmaxf(scores_[0][i], scores_[1][i]);
+      most = i < 4 ? of_both : fmaxf(most, of_both);
     }
-    const float largest[2] = {fmaxf(part[0][0], part[1][0]), fmaxf(part[0][1], part[1][1])};
+    const float largest[2] = {fmaxf(part[0][0], part[0][1]), fmaxf(part[1][0], part[1][1])};
     const bool raise = IsAbove(largest[0], row_max[0]) || IsAbove(largest[1], row_max[1]);
     rescale_ = __any_sync(attention::kAllLanes, raise);
     factor_[0] = factor_[1] = 1;

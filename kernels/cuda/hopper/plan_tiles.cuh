@@ -1,7 +1,8 @@
 #ifndef LONGFILL_KERNELS_CUDA_HOPPER_PLAN_TILES_CUH_
 #define LONGFILL_KERNELS_CUDA_HOPPER_PLAN_TILES_CUH_
 
-// The planner warp: takes tiles from the counter and hands their slots to the loaders, ahead of everybody.
+// The planner warp: takes tiles from the counter and hands their slots to the others of its warpgroup, ahead
+// of everybody.
 
 #include <cstdint>
 

@@ -25,8 +25,13 @@ class ProductTurns {
   // All threads of the warpgroup.
   __device__ __forceinline__ void Take() {
     if (IsFirst()) {
-      const auto ticket = static_cast<uint32_t>(atomicAdd(&shared_.turns_taken, 1));
-      Wait(&shared_.turn_given, (ticket + 1) & 1);
+      // Only the ticket's parity matters. Additions would be made into one for the warp first.
+      uint32_t ticket;
+      asm volatile("atom.relaxed.cta.shared::cta.xor.b32 %0, [%1], 1;\n"
+                   : "=r"(ticket)
+                   : "r"(SharedAddress(&shared_.next_turn))
+                   : "memory");
+      Wait(&shared_.turn_given, ticket ^ 1);
     }
     __syncwarp();
     SyncWarpgroup(half_);

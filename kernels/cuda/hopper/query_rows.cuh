@@ -21,11 +21,9 @@ __device__ __forceinline__ void LoadQueries(const attention::Args& args, const S
   const Task& task = reader.task();
   const int32_t first_row = reader.first_row();
   const char* q = attention::QueryRow0(args, task.tile_task);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = task.row[first_row + 8 * half];
-    LoadQueryRow(q + 2 * row * args.q_row_stride, row >= 0, half, &rows->q);
-  }
+  const int64_t row[2] = {task.row[first_row], task.row[first_row + 8]};
+  LoadQueryRows({q + 2 * row[0] * args.q_row_stride, q + 2 * row[1] * args.q_row_stride},
+                {row[0] >= 0, row[1] >= 0}, &rows->q);
 }
 
 template <typename Element, typename ShapeOf>

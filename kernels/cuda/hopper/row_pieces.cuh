@@ -30,20 +30,32 @@ __device__ __forceinline__ void TransposeInFour(uint32_t (&words)[4]) {
   }
 }
 
-// Row 8 * half of a lane's two, as A of the products (wgmma.cuh). `data` is where the row begins, aligned to
-// 16 bytes; one that does not exist is zeros, and nothing is read. All lanes of a warp together.
+// A lane's two rows, 8 apart, as A of the products (wgmma.cuh). `rows` are where they begin, aligned to 16
+// bytes; one that does not exist is zeros, and nothing is read. All lanes of a warp together.
 template <int kSteps>
-__device__ __forceinline__ void LoadQueryRow(const char* data, bool exists, int half,
-                                             uint32_t (*q)[kSteps][4]) {
-  data += attention::Lane() % 4 * 16;
+__device__ __forceinline__ void LoadQueryRows(const char* const (&rows)[2], const bool (&exist)[2],
+                                              uint32_t (*q)[kSteps][4]) {
+  // All loads before the first exchange, so that they wait together.
+  uint4 pieces[2][kSteps / 2];
 #pragma unroll
-  for (int i = 0; i < kSteps / 2; ++i) {
-    uint4 piece = {0, 0, 0, 0};
-    if (exists) piece = *reinterpret_cast<const uint4*>(data + 64 * i);
-    uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-    TransposeInFour(words);
+  for (int half = 0; half < 2; ++half) {
+    const char* const data = rows[half] + attention::Lane() % 4 * 16;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) (*q)[2 * i + j / 2][j % 2 * 2 + half] = words[j];
+    for (int i = 0; i < kSteps / 2; ++i) {
+      pieces[half][i] = {0, 0, 0, 0};
+      if (exist[half]) pieces[half][i] = *reinterpret_cast<const uint4*>(data + 64 * i);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int i = 0; i < kSteps / 2; ++i) {
+      const uint4 piece = pieces[half][i];
+      uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+      TransposeInFour(words);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) (*q)[2 * i + j / 2][j % 2 * 2 + half] = words[j];
+    }
   }
 }
 

@@ -4,17 +4,30 @@
 // Shapes of the kernel for each head dim, what its warps share, and who waits for whom.
 //
 // Slots are numbered from the start of the thread block, a tile's kEnd included. Slot n has place n % kStages
-// in the rings of K and V, and K and V of a place each a barrier `full` (it was brought) and one `empty` (all
-// consumers are done with it). Everybody takes the slots in the order of their numbers, waits for each and
-// arrives at its barriers, also for one that is nothing to bring or to multiply: a barrier tells only two
-// phases apart, so nobody may be more than one ahead or behind. K runs ahead of V by as much as its ring is
-// emptied sooner.
+// in the rings of K and V. K and V of a place have each a barrier `full` (it was brought) and one `empty`
+// (both halves are done with it). A barrier tells only two phases apart, so nobody may wait for one whose
+// phase before has not ended:
+//   - Loaders and the pairing warp wait for `empty` of every slot. For a half that does not multiply a slot
+//   the
+//     pairing warp arrives at k_empty and the values' loader at v_empty; at k_empty of a kEnd, which nobody
+//     multiplies, the pairing warp and the keys' loader, so that neither leaves the other behind.
+//   - A half waits only for slots of its pairs, and learns of them when k_empty of slot n - kStages is there,
+//     so keys of that slot have been. Its values may still be to come, if only the other half multiplies it.
+//     So v_full has two barriers for each place, used by turns. Values of slot m = n - 2 kStages have been
+//     there: If the values' loader had not come to m, keys of two slots at most could have been multiplied
+//     since, by the other half, which begins a pair only when values of the pair before are there, and
+//     kBatches - 1 slots could be ends of tiles: less than kStages. If values of m were under way, they were
+//     for the other half alone, and no values from slot n - kStages on could have been brought; that slot
+//     would be the end of the other half's tile, the last that it has not ended (kTasks is 2), and n in the
+//     first pair after it: its second slot, since of a first one a half learns with slot n + 1 at the
+//     earliest. A half waits for values of a pair's first slot before it looks for those of the second.
 
 #include <cstdint>
 
 #include "kernels/cuda/attention/tile_task.cuh"
 #include "kernels/cuda/hopper/barrier.cuh"
 #include "kernels/cuda/hopper/slot.cuh"
+#include "kernels/cuda/hopper/slot_pair.cuh"
 #include "kernels/cuda/hopper/slot_plan.cuh"
 
 namespace longfill::cuda::hopper {
@@ -34,13 +47,11 @@ struct Shape {
   static constexpr int kStages = (96 << 10) / kSlotBytes;
 };
 
-// Warps of the producer warpgroup, whose fourth has nothing to do, then two consumer warpgroups, one for each
-// half of the tile.
+// Warps of the producer warpgroup, then two consumer warpgroups, one for each half of the tile.
 inline constexpr int kPlannerWarp = 0;
 inline constexpr int kKeyWarp = 1;
 inline constexpr int kValueWarp = 2;
-// Of a loader, at the barrier of a place: one for each lane's copies, and the first lane's own.
-inline constexpr int kFullArrivals = 33;
+inline constexpr int kPairWarp = 3;
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerWarps = 8;
 // A warp gives back what it has read by one arrival, after a warp barrier. racecheck does not
@@ -51,7 +62,9 @@ inline constexpr bool kEachLaneArrives = true;
 inline constexpr bool kEachLaneArrives = false;
 #endif
 inline constexpr int kConsumerArrivals = kConsumerWarps * (kEachLaneArrives ? 32 : 1);
-inline constexpr int kLoaderArrivals = 2 * (kEachLaneArrives ? 32 : 1);
+inline constexpr int kHalfArrivals = kConsumerArrivals / 2;
+// Of those who read batches.
+inline constexpr int kBatchArrivals = 3 * (kEachLaneArrives ? 32 : 1);
 inline constexpr int kThreads = 3 * kWarpgroupThreads;
 // The launch gives 168 to each of the 3 * 128 threads; these are dealt anew.
 inline constexpr int kConsumerRegisters = 224;
@@ -62,9 +75,13 @@ inline constexpr int kBatches = 4;
 inline constexpr int kTasks = 2;
 // A consumer does not wait for a slot so far beyond one that it still holds.
 inline constexpr int kReach = 6;
-// Slots that consumers may look at: when slot n is written down, its place of K was given back for slot
-// n - kStages, and who has done so holds slots less than kReach before that one.
+// Slots that consumers may look at. One that holds slot n keeps values from being brought beyond slot
+// n + kStages - 1; keys are given back up to there, of one pair of the other half more and of kTasks ends of
+// tiles, and the pairing warp is kStages beyond.
 inline constexpr int kSlotRing = 32;
+// Pairs of a half that it has not read: at most one for each slot whose keys it has not given back, with what
+// is said of some that are apart, and kTasks ends of tiles. It may also read the one before once more.
+inline constexpr int kPairRing = 32;
 // The planner waits for chunks of the gather ring only beyond those that a consumer may hold.
 static_assert(kGatherChunks - kGatherRoomChunks > kReach);
 
@@ -77,37 +94,47 @@ struct Task {
 template <typename ShapeOf>
 struct alignas(1024) SharedMemory {
   static constexpr int kStages = ShapeOf::kStages;
-  static_assert(kStages >= kReach && kStages + kReach <= kSlotRing);
+  static_assert(kStages >= kReach && kStages <= 16);         // a SlotRef has four bits for a place
+  static_assert(kStages > 2 + kBatches - 1 && kTasks == 2);  // see v_full above
+  static_assert(2 * kStages + 2 + kTasks <= kSlotRing);
+  static_assert(kStages + kStages / kReach + 2 + kTasks + 1 <= kPairRing);
 
   char k[kStages][ShapeOf::kSlotBytes];
   char v[kStages][ShapeOf::kSlotBytes];
-  Slot slots[kSlotRing];  // slot n at n % kSlotRing, there once K of n is
+  Slot slots[kSlotRing];         // slot n at n % kSlotRing
+  SlotPair pairs[2][kPairRing];  // of each half
   SlotBatch batches[kBatches];
   GatherRing ring;
   PlanState plan;
   Task tasks[kTasks];  // tile t of the thread block at t % kTasks
 
   Barrier k_full[kStages], k_empty[kStages];
-  Barrier v_full[kStages], v_empty[kStages];
+  Barrier v_full[2 * kStages], v_empty[kStages];
+  Barrier pair_full[2][kPairRing];
   Barrier batch_full[kBatches], batch_empty[kBatches];
   Barrier task_full[kTasks], task_empty[kTasks];
   Barrier gather_empty[kGatherChunks];
   Barrier turn_given;  // see ProductTurns
-  int32_t turns_taken;
+  int32_t next_turn;   // its parity
 };
 
 // One thread, before anybody uses them.
 template <typename ShapeOf>
 __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
   for (int i = 0; i < ShapeOf::kStages; ++i) {
-    InitBarrier(&shared->k_full[i], kFullArrivals);
-    InitBarrier(&shared->v_full[i], kFullArrivals);
+    InitBarrier(&shared->k_full[i], 1);
+    InitBarrier(&shared->v_full[i], 1);
+    InitBarrier(&shared->v_full[ShapeOf::kStages + i], 1);
     InitBarrier(&shared->k_empty[i], kConsumerArrivals);
     InitBarrier(&shared->v_empty[i], kConsumerArrivals);
   }
+  for (int i = 0; i < kPairRing; ++i) {
+    InitBarrier(&shared->pair_full[0][i], 1);
+    InitBarrier(&shared->pair_full[1][i], 1);
+  }
   for (int i = 0; i < kBatches; ++i) {
     InitBarrier(&shared->batch_full[i], 32);
-    InitBarrier(&shared->batch_empty[i], kLoaderArrivals);
+    InitBarrier(&shared->batch_empty[i], kBatchArrivals);
   }
   for (int i = 0; i < kTasks; ++i) {
     InitBarrier(&shared->task_full[i], 32);
@@ -115,7 +142,7 @@ __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
   }
   for (int i = 0; i < kGatherChunks; ++i) InitBarrier(&shared->gather_empty[i], kConsumerArrivals);
   InitBarrier(&shared->turn_given, 1);
-  shared->turns_taken = 0;
+  shared->next_turn = 0;
   PublishBarriers();
 }
 

@@ -29,7 +29,8 @@ struct alignas(16) Slot {
   // ring, which is a multiple of 64.
   int32_t first;
   SlotKind kind;
-  // Bit h: half h multiplies it, and not all of its rows see all 64 keys. `used` is not 0 but in kEnd.
+  // Bit h: half h multiplies it, and not all of its rows see all 64 keys. `used` is not 0 but in kEnd:
+  // barriers count on it.
   uint8_t used;
   uint8_t masked;
   uint8_t unused;
@@ -49,6 +50,7 @@ struct alignas(16) Slot {
   static __device__ __forceinline__ SlotKind KindOf(uint32_t facts) {
     return static_cast<SlotKind>(facts & 0xFF);
   }
+  static __device__ __forceinline__ uint32_t UsedOf(uint32_t facts) { return facts >> kUsedShift & 3; }
 };
 static_assert(sizeof(Slot) == 32);
 
@@ -58,11 +60,11 @@ static_assert(sizeof(Slot) == 32);
 inline constexpr int kGatherCapacity = 1024;
 inline constexpr int kGatherChunks = kGatherCapacity / kSlotKeys;
 struct GatherRing {
-  int32_t keys[kGatherCapacity];
+  alignas(16) int32_t keys[kGatherCapacity];
   alignas(4) uint16_t rows[kGatherCapacity];
 };
 
-// Slots go from the planner to the loaders in batches.
+// Slots go from the planner to the loaders and the pairing warp in batches.
 inline constexpr int kBatchSlots = 32;
 struct SlotBatch {
   Slot slots[kBatchSlots];

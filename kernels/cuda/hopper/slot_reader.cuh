@@ -1,8 +1,8 @@
 #ifndef LONGFILL_KERNELS_CUDA_HOPPER_SLOT_READER_CUH_
 #define LONGFILL_KERNELS_CUDA_HOPPER_SLOT_READER_CUH_
 
-// A consumer's place in the sequence of slots: finds the next pair that its half multiplies and gives back
-// what it has done with. Which slots form a pair depends on the tile's slots alone, so that rounding does.
+// A consumer's place among the pairs of its half: reads the next, waits for what it needs and gives back what
+// it has done with.
 
 #include <cstdint>
 
@@ -13,33 +13,6 @@
 
 namespace longfill::cuda::hopper {
 
-// What a consumer keeps of a slot that it multiplies, in one register: its place in the rings, what it is,
-// and its number modulo 2^20.
-struct SlotRef {
-  uint32_t bits = kNone;
-
-  static constexpr uint32_t kNone = 1U << 11;
-  static constexpr uint32_t kGathered = 1U << 9;
-  static constexpr uint32_t kMasked = 1U << 10;  // not all rows of the half see all its keys
-  static constexpr int kNumberShift = 12;
-
-  __device__ __forceinline__ bool exists() const { return bits != kNone; }
-  __device__ __forceinline__ uint32_t place() const { return bits & 15; }
-  __device__ __forceinline__ uint32_t parity() const { return bits >> 8 & 1; }
-  __device__ __forceinline__ bool gathered() const { return (bits & kGathered) != 0; }
-  __device__ __forceinline__ bool masked() const { return (bits & kMasked) != 0; }
-  __device__ __forceinline__ uint32_t number() const { return bits >> kNumberShift; }
-};
-
-// A pair of one slot has it twice, the second time to be multiplied by zeros: a branch around products would
-// make the compiler wait for them one by one.
-struct SlotPair {
-  SlotRef first;
-  SlotRef second;
-
-  __device__ __forceinline__ bool has_two() const { return first.bits != second.bits; }
-};
-
 // One for each warp of a consumer; all its lanes hold the same.
 template <typename ShapeOf>
 class SlotReader {
@@ -48,10 +21,7 @@ class SlotReader {
       : shared_(*shared), half_(half) {}
 
   // After the task of a tile has come.
-  __device__ __forceinline__ void StartTile(int32_t tile) {
-    tile_ = tile;
-    ended_ = false;
-  }
+  __device__ __forceinline__ void StartTile(int32_t tile) { tile_ = tile; }
   __device__ __forceinline__ const Task& task() const { return shared_.tasks[PlaceOf<kTasks>(tile_)]; }
   __device__ __forceinline__ int half() const { return half_; }
   // Position of the tile's first row.
@@ -62,16 +32,31 @@ class SlotReader {
     return thread / 32 * 16 + thread % 32 / 4;
   }
 
-  // The first pair of the tile, or the first of those that are left; K is there. No pair if it has no more.
+  // The first pair of the tile, or the first of those that are left, while none is held. No pair if the tile
+  // has no more.
   __device__ __forceinline__ SlotPair Next() {
-    const SlotRef first = Seek(INT32_MAX);
-    return Complete(first, kReach - 1);
+    SlotPair pair = Read();
+    if (InAllLanes(pair.first.is_apart())) {
+      Pass();
+      pair = Read();
+    }
+    Pass();
+    return pair;
   }
-  // The same, but both slots lie within kReach of `held`; no pair if the next slot of the half does not.
-  __device__ __forceinline__ SlotPair NextNear(SlotRef held) {
-    const SlotRef first = Seek(Left(held));
-    return Complete(first, Left(held));
+  // Reads what Ahead gives, if it is there by now.
+  __device__ __forceinline__ void LookAhead() {
+    has_looked_ = HasEndedNow(&shared_.pair_full[half_][number_ % kPairRing], number_ / kPairRing & 1);
+    // The address depends on the answer, so that nothing is read before that: else of the pair before, which
+    // stays as it is.
+    ahead_ = shared_.pairs[half_][(number_ - (has_looked_ ? 0 : 1)) % kPairRing];
   }
+  // The pair that may be held together with the one before, which Pass has to follow. No pair if the next is
+  // apart or the tile has no more.
+  __device__ __forceinline__ SlotPair Ahead() {
+    if (InAllLanes(!has_looked_)) ahead_ = Read();
+    return ahead_;
+  }
+  __device__ __forceinline__ void Pass() { ++number_; }
 
   __device__ __forceinline__ uint32_t k_address(SlotRef slot) const {
     return SharedAddress(shared_.k) + slot.place() * ShapeOf::kSlotBytes;
@@ -79,14 +64,32 @@ class SlotReader {
   __device__ __forceinline__ uint32_t v_address(SlotRef slot) const {
     return SharedAddress(shared_.v) + slot.place() * ShapeOf::kSlotBytes;
   }
-  __device__ __forceinline__ const Slot& EntryOf(SlotRef slot) const {
-    return shared_.slots[slot.number() % kSlotRing];
-  }
+  __device__ __forceinline__ const Slot& EntryOf(SlotRef slot) const { return shared_.slots[slot.entry()]; }
 
+  __device__ __forceinline__ void WaitForKeys(const SlotPair& pair) {
+    WaitForKeysOf(pair.first);
+    WaitForKeysOf(pair.second);
+    if (pair.any_gathered()) FenceSharedForAsync();
+  }
   __device__ __forceinline__ void WaitForValues(const SlotPair& pair) {
-    Wait(&shared_.v_full[pair.first.place()], pair.first.parity());
-    Wait(&shared_.v_full[pair.second.place()], pair.second.parity());
-    if (((pair.first.bits | pair.second.bits) & SlotRef::kGathered) != 0) FenceSharedForAsync();
+    WaitForValuesOf(pair.first);
+    WaitForValuesOf(pair.second);
+    if (pair.any_gathered()) FenceSharedForAsync();
+  }
+  // Both, asking for all before the first answer. That of the second slot's values counts only with the
+  // first's.
+  __device__ __forceinline__ void WaitFor(const SlotPair& keys, const SlotPair& values) {
+    bool there = HasValuesOf(values.first);
+    there &= HasValuesOf(values.second);
+    there &= HasKeysOf(keys.first);
+    there &= HasKeysOf(keys.second);
+    if (!there) {
+      WaitForKeysOf(keys.first);
+      WaitForKeysOf(keys.second);
+      WaitForValuesOf(values.first);
+      WaitForValuesOf(values.second);
+    }
+    if (keys.any_gathered() || values.any_gathered()) FenceSharedForAsync();
   }
   __device__ __forceinline__ void ReleaseKeys(const SlotPair& pair) {
     if (!Arrives()) return;
@@ -97,7 +100,7 @@ class SlotReader {
   __device__ __forceinline__ void ReleaseValues(const SlotPair& pair) {
     __syncwarp();
     if (!Arrives()) return;
-    if (((pair.first.bits | pair.second.bits) & SlotRef::kGathered) != 0) {
+    if (pair.any_gathered()) {
       if (pair.first.gathered()) ReleaseChunk(pair.first);
       if (pair.has_two() && pair.second.gathered()) ReleaseChunk(pair.second);
     }
@@ -108,52 +111,23 @@ class SlotReader {
  private:
   // Whether this lane gives back what its warp has read.
   __device__ __forceinline__ bool Arrives() const { return kEachLaneArrives || attention::Lane() == 0; }
-  // How many slots, from the next one on, lie within kReach of `held`.
-  __device__ __forceinline__ int32_t Left(SlotRef held) const {
-    const uint32_t ahead = (number_ - held.number()) << SlotRef::kNumberShift >> SlotRef::kNumberShift;
-    return kReach - static_cast<int32_t>(ahead);
+  __device__ __forceinline__ SlotPair Read() {
+    Wait(&shared_.pair_full[half_][number_ % kPairRing], number_ / kPairRing & 1);
+    return shared_.pairs[half_][number_ % kPairRing];
   }
-
-  __device__ __forceinline__ SlotPair Complete(SlotRef first, int32_t most) {
-    SlotPair pair = {first, first};
-    if (InAllLanes(!first.exists())) return pair;
-    const SlotRef second = Seek(min(most, kReach - 1));
-    if (second.exists()) pair.second = second;
-    return pair;
+  __device__ __forceinline__ Barrier* ValuesOf(SlotRef slot) {
+    return &shared_.v_full[slot.place() + slot.parity() * ShapeOf::kStages];
   }
-
-  // The next slot of the half among the next `most`; others up to there are given back.
-  __device__ __forceinline__ SlotRef Seek(int32_t most) {
-    while (InAllLanes(!ended_ && most > 0)) {
-      Wait(&shared_.k_full[stage_.place], stage_.parity);
-      const uint32_t facts = shared_.slots[number_ % kSlotRing].Facts();
-      const bool gathered = Slot::KindOf(facts) == SlotKind::kGathered;
-      SlotRef slot;
-      slot.bits = stage_.place | stage_.parity << 8 | (gathered ? SlotRef::kGathered : 0) |
-                  number_ << SlotRef::kNumberShift;
-      if (InAllLanes((facts >> Slot::kUsedShift >> half_ & 1) != 0)) {
-        if ((facts >> Slot::kMaskedShift >> half_ & 1) != 0) slot.bits |= SlotRef::kMasked;
-        if (gathered) FenceSharedForAsync();
-        Pass();
-        return slot;
-      }
-      Wait(&shared_.v_full[stage_.place], stage_.parity);
-      ended_ = Slot::KindOf(facts) == SlotKind::kEnd;
-      __syncwarp();
-      if (Arrives()) {
-        if (gathered) ReleaseChunk(slot);
-        Arrive(&shared_.k_empty[stage_.place]);
-        Arrive(&shared_.v_empty[stage_.place]);
-      }
-      Pass();
-      --most;
-    }
-    return SlotRef();
+  __device__ __forceinline__ bool HasKeysOf(SlotRef slot) {
+    return HasEnded(&shared_.k_full[slot.place()], slot.parity());
   }
-  __device__ __forceinline__ void Pass() {
-    ++number_;
-    stage_.Next();
+  __device__ __forceinline__ bool HasValuesOf(SlotRef slot) {
+    return HasEnded(ValuesOf(slot), slot.value_parity());
   }
+  __device__ __forceinline__ void WaitForKeysOf(SlotRef slot) {
+    Wait(&shared_.k_full[slot.place()], slot.parity());
+  }
+  __device__ __forceinline__ void WaitForValuesOf(SlotRef slot) { Wait(ValuesOf(slot), slot.value_parity()); }
   __device__ __forceinline__ void ReleaseChunk(SlotRef slot) {
     Arrive(&shared_.gather_empty[EntryOf(slot).first / kSlotKeys]);
   }
@@ -161,9 +135,9 @@ class SlotReader {
   SharedMemory<ShapeOf>& shared_;
   const int half_;
   int32_t tile_ = 0;
-  bool ended_ = false;
-  uint32_t number_ = 0;  // of the next slot
-  RingPlace<ShapeOf::kStages> stage_;
+  uint32_t number_ = 0;  // of the next pair
+  SlotPair ahead_;
+  bool has_looked_ = false;
 };
 
 }  // namespace longfill::cuda::hopper

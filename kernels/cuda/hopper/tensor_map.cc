@@ -30,31 +30,63 @@ CUtensorMapSwizzle SwizzleOf(int bytes) {
   return bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
 }
 
-}  // namespace
+// A dimension of the array and of the box.
+struct Dimension {
+  int64_t size;
+  int64_t stride;  // elements; of the first it is 1
+  int box;
+};
 
-absl::Status EncodeTensorMap(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
-                             CUtensorMap* map) {
+template <int kRank>
+absl::Status EncodeDimensions(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
+                              const Dimension (&dimensions)[kRank], CUtensorMap* map) {
   static const absl::StatusOr<Encode> encode = FindEncode();
   LF_RETURN_IF_ERROR(encode.status());
-  const cuuint64_t dims[] = {static_cast<cuuint64_t>(box.head_dim), static_cast<cuuint64_t>(box.num_rows),
-                             static_cast<cuuint64_t>(box.num_heads)};
-  // The stride of a single row or head means nothing, but is checked.
-  const int64_t row_stride = box.num_rows == 1 ? box.head_dim : box.row_stride;
-  const int64_t head_stride = box.num_heads == 1 ? row_stride : box.head_stride;
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * row_stride),
-                                static_cast<cuuint64_t>(2 * head_stride)};
-  const cuuint32_t box_size[] = {static_cast<cuuint32_t>(box.box_dims), static_cast<cuuint32_t>(box.box_rows),
-                                 1};
-  const cuuint32_t steps[] = {1, 1, 1};
+  cuuint64_t sizes[kRank];
+  cuuint64_t strides[kRank];  // bytes
+  cuuint32_t box_sizes[kRank];
+  cuuint32_t steps[kRank];
+  for (int i = 0; i < kRank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
+    strides[i] = static_cast<cuuint64_t>(2 * dimensions[i].stride);
+    box_sizes[i] = static_cast<cuuint32_t>(dimensions[i].box);
+    steps[i] = 1;
+  }
   const CUresult result = (*encode)(
-      map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 3,
-      const_cast<void*>(data), dims, strides, box_size, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      kRank, const_cast<void*>(data), sizes, strides + 1, box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       SwizzleOf(box.swizzle_bytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   return absl::InternalError(absl::StrCat(
       std::string(name), ": cuTensorMapEncodeTiled gives error ", static_cast<int>(result), " for ",
       box.num_heads, " heads of ", box.num_rows, " rows of ", box.head_dim, ", strides ", box.head_stride,
       " and ", box.row_stride, ", boxes of ", box.box_rows, " rows of ", box.box_dims));
+}
+
+// The stride of a single row or head means nothing, but is checked.
+int64_t RowStrideOf(const HeadsBox& box) { return box.num_rows == 1 ? box.head_dim : box.row_stride; }
+int64_t HeadStrideOf(const HeadsBox& box) { return box.num_heads == 1 ? RowStrideOf(box) : box.head_stride; }
+
+}  // namespace
+
+absl::Status EncodeTensorMap(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
+                             CUtensorMap* map) {
+  return EncodeDimensions<3>(name, data, dtype, box,
+                             {{box.head_dim, 1, box.box_dims},
+                              {box.num_rows, RowStrideOf(box), box.box_rows},
+                              {box.num_heads, HeadStrideOf(box), 1}},
+                             map);
+}
+
+absl::Status EncodeWholeRowsMap(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
+                                CUtensorMap* map) {
+  const int num_blocks = static_cast<int>(box.head_dim / box.box_dims);
+  return EncodeDimensions<4>(name, data, dtype, box,
+                             {{box.box_dims, 1, box.box_dims},
+                              {box.num_rows, RowStrideOf(box), box.box_rows},
+                              {num_blocks, box.box_dims, num_blocks},
+                              {box.num_heads, HeadStrideOf(box), 1}},
+                             map);
 }
 
 }  // namespace longfill::cuda::hopper

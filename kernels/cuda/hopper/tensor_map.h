@@ -30,6 +30,11 @@ struct HeadsBox {
 absl::Status EncodeTensorMap(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
                              CUtensorMap* map);
 
+// A map with the coordinates (dim of a block, row, block, head), blocks being of box_dims dims, which divide
+// head_dim. A box has all blocks of its rows, one behind the other.
+absl::Status EncodeWholeRowsMap(std::string_view name, const void* data, DType dtype, const HeadsBox& box,
+                                CUtensorMap* map);
+
 }  // namespace longfill::cuda::hopper
 
 #endif  // LONGFILL_KERNELS_CUDA_HOPPER_TENSOR_MAP_H_

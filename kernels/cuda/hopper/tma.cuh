@@ -27,6 +27,16 @@ __device__ __forceinline__ void CopyBox(uint32_t to, const CUtensorMap* map, int
       : "memory");
 }
 
+// Whole rows by a map of EncodeWholeRowsMap, from row y of head z on.
+__device__ __forceinline__ void CopyWholeRows(uint32_t to, const CUtensorMap* map, int32_t y, int32_t z,
+                                              Barrier* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%2, %4}], [%5];\n" ::"r"(to),
+      "l"(map), "r"(0), "r"(y), "r"(z), "r"(SharedAddress(barrier))
+      : "memory");
+}
+
 }  // namespace longfill::cuda::hopper
 
 #endif  // LONGFILL_KERNELS_CUDA_HOPPER_TMA_CUH_

@@ -62,11 +62,9 @@ class Consumer {
       rows_.ScaleBy(scale.inverse);
       scaled_bonus_ = args_.sample_bonus * scale.scale;
     } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = RowOf(half);
-        LoadQueryRow(q + 2 * row * args_.q_row_stride, row < tile_.num_rows(), half, &q_);
-      }
+      const int row[2] = {RowOf(0), RowOf(1)};
+      LoadQueryRows({q + 2 * row[0] * args_.q_row_stride, q + 2 * row[1] * args_.q_row_stride},
+                    {row[0] < tile_.num_rows(), row[1] < tile_.num_rows()}, &q_);
     }
   }
   __device__ __forceinline__ float LargestOfRowBlock(float largest) {
