@@ -57,35 +57,25 @@ __device__ __forceinline__ void ArriveExpecting(Barrier* barrier, int bytes) {
       : "memory");
 }
 
+#define LF_PHASE_HAS_ENDED(instruction, ended, barrier, parity)                                       \
+  asm volatile("{\n.reg .pred ended;\nmbarrier." instruction                                          \
+               ".parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\nselp.u32 %0, 1, 0, ended;\n}\n" \
+               : "=r"(ended)                                                                          \
+               : "r"(SharedAddress(barrier)), "r"(parity)                                             \
+               : "memory")
 // Whether the phase has ended; if not, the thread may sleep for a while before the answer.
 __device__ __forceinline__ bool HasEnded(Barrier* barrier, uint32_t parity) {
   uint32_t ended;
-  asm volatile(
-      "{\n"
-      ".reg .pred ended;\n"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, ended;\n"
-      "}\n"
-      : "=r"(ended)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
+  LF_PHASE_HAS_ENDED("try_wait", ended, barrier, parity);
   return ended != 0;
 }
-
 // The same at once.
 __device__ __forceinline__ bool HasEndedNow(Barrier* barrier, uint32_t parity) {
   uint32_t ended;
-  asm volatile(
-      "{\n"
-      ".reg .pred ended;\n"
-      "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 ended, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, ended;\n"
-      "}\n"
-      : "=r"(ended)
-      : "r"(SharedAddress(barrier)), "r"(parity)
-      : "memory");
+  LF_PHASE_HAS_ENDED("test_wait", ended, barrier, parity);
   return ended != 0;
 }
+#undef LF_PHASE_HAS_ENDED
 
 #ifdef LONGFILL_HOPPER_WAIT_LIMIT_NS
 // A build to find deadlocks: a thread that waits longer than the limit writes down for what and exits.

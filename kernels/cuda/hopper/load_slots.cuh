@@ -75,8 +75,7 @@ class SlotLoader {
         full_.Next();
         slot = next;
       }
-      __syncwarp();
-      if (kEachLaneArrives || IsFirst()) Arrive(&shared_.batch_empty[place]);
+      ArriveAsWarp(&shared_.batch_empty[place]);
     }
   }
 

@@ -41,8 +41,7 @@ class SlotPairer {
         v_full_.Next();
         ++number_;
       }
-      __syncwarp();
-      if (kEachLaneArrives || IsFirst()) Arrive(&shared_.batch_empty[place]);
+      ArriveAsWarp(&shared_.batch_empty[place]);
     }
   }
 
@@ -52,7 +51,7 @@ class SlotPairer {
   // What consumers look at where a slot is masked or gathered.
   __device__ __forceinline__ void WriteDown(const Slot& slot) {
     constexpr int kWords = sizeof(Slot) / 4;
-    auto* const to = reinterpret_cast<uint32_t*>(&shared_.slots[number_ % kSlotRing]);
+    auto* const to = reinterpret_cast<uint32_t*>(&shared_.slots[PlaceOf<kSlotRing>(number_)]);
     if (attention::Lane() < kWords) {
       to[attention::Lane()] = reinterpret_cast<const uint32_t*>(&slot)[attention::Lane()];
     }
@@ -88,7 +87,7 @@ class SlotPairer {
   __device__ __forceinline__ SlotRef RefOf(uint32_t facts, int half) const {
     SlotRef slot = {stage_.place | stage_.parity << SlotRef::kParityShift |
                     v_full_.parity << SlotRef::kValueParityShift |
-                    static_cast<uint32_t>(number_ % kSlotRing) << SlotRef::kEntryShift};
+                    static_cast<uint32_t>(PlaceOf<kSlotRing>(number_)) << SlotRef::kEntryShift};
     if (Slot::KindOf(facts) == SlotKind::kGathered) slot.bits |= SlotRef::kGathered;
     if ((facts >> Slot::kMaskedShift >> half & 1) != 0) slot.bits |= SlotRef::kMasked;
     return slot;

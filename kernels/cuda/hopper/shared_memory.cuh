@@ -7,10 +7,9 @@
 // in the rings of K and V. K and V of a place have each a barrier `full` (it was brought) and one `empty`
 // (both halves are done with it). A barrier tells only two phases apart, so nobody may wait for one whose
 // phase before has not ended:
-//   - Loaders and the pairing warp wait for `empty` of every slot. For a half that does not multiply a slot
-//   the
-//     pairing warp arrives at k_empty and the values' loader at v_empty; at k_empty of a kEnd, which nobody
-//     multiplies, the pairing warp and the keys' loader, so that neither leaves the other behind.
+//   - Loaders and the pairing warp wait for `empty` of every slot. For a half that does not multiply a slot,
+//     the pairing warp arrives at k_empty and the values' loader at v_empty; at k_empty of a kEnd, which
+//     nobody multiplies, the pairing warp and the keys' loader, so that neither leaves the other behind.
 //   - A half waits only for slots of its pairs, and learns of them when k_empty of slot n - kStages is there,
 //     so keys of that slot have been. Its values may still be to come, if only the other half multiplies it.
 //     So v_full has two barriers for each place, used by turns. Values of slot m = n - 2 kStages have been
@@ -61,10 +60,12 @@ inline constexpr bool kEachLaneArrives = true;
 #else
 inline constexpr bool kEachLaneArrives = false;
 #endif
-inline constexpr int kConsumerArrivals = kConsumerWarps * (kEachLaneArrives ? 32 : 1);
+// Of a warp that gives back, or of the warp that has brought something.
+inline constexpr int kArrivalsOfWarp = kEachLaneArrives ? 32 : 1;
+inline constexpr int kConsumerArrivals = kConsumerWarps * kArrivalsOfWarp;
 inline constexpr int kHalfArrivals = kConsumerArrivals / 2;
 // Of those who read batches.
-inline constexpr int kBatchArrivals = 3 * (kEachLaneArrives ? 32 : 1);
+inline constexpr int kBatchArrivals = 3 * kArrivalsOfWarp;
 inline constexpr int kThreads = 3 * kWarpgroupThreads;
 // The launch gives 168 to each of the 3 * 128 threads; these are dealt anew.
 inline constexpr int kConsumerRegisters = 224;
@@ -144,6 +145,14 @@ __device__ __forceinline__ void InitBarriers(SharedMemory<ShapeOf>* shared) {
   InitBarrier(&shared->turn_given, 1);
   shared->next_turn = 0;
   PublishBarriers();
+}
+
+// Whether this lane arrives for its warp.
+__device__ __forceinline__ bool ArrivesForWarp() { return kEachLaneArrives || attention::Lane() == 0; }
+// What a whole warp did before is released by it.
+__device__ __forceinline__ void ArriveAsWarp(Barrier* barrier) {
+  __syncwarp();
+  if (ArrivesForWarp()) Arrive(barrier);
 }
 
 // Waits for all threads of a warpgroup, by the named barrier behind its number.

@@ -45,10 +45,11 @@ class SlotReader {
   }
   // Reads what Ahead gives, if it is there by now.
   __device__ __forceinline__ void LookAhead() {
-    has_looked_ = HasEndedNow(&shared_.pair_full[half_][number_ % kPairRing], number_ / kPairRing & 1);
+    has_looked_ =
+        HasEndedNow(&shared_.pair_full[half_][PlaceOf<kPairRing>(number_)], FullParity<kPairRing>(number_));
     // The address depends on the answer, so that nothing is read before that: else of the pair before, which
     // stays as it is.
-    ahead_ = shared_.pairs[half_][(number_ - (has_looked_ ? 0 : 1)) % kPairRing];
+    ahead_ = shared_.pairs[half_][PlaceOf<kPairRing>(number_ - (has_looked_ ? 0 : 1))];
   }
   // The pair that may be held together with the one before, which Pass has to follow. No pair if the next is
   // apart or the tile has no more.
@@ -92,14 +93,14 @@ class SlotReader {
     if (keys.any_gathered() || values.any_gathered()) FenceSharedForAsync();
   }
   __device__ __forceinline__ void ReleaseKeys(const SlotPair& pair) {
-    if (!Arrives()) return;
+    if (!ArrivesForWarp()) return;
     Arrive(&shared_.k_empty[pair.first.place()]);
     if (pair.has_two()) Arrive(&shared_.k_empty[pair.second.place()]);
   }
   // And with them all that is known of the slots.
   __device__ __forceinline__ void ReleaseValues(const SlotPair& pair) {
     __syncwarp();
-    if (!Arrives()) return;
+    if (!ArrivesForWarp()) return;
     if (pair.any_gathered()) {
       if (pair.first.gathered()) ReleaseChunk(pair.first);
       if (pair.has_two() && pair.second.gathered()) ReleaseChunk(pair.second);
@@ -109,11 +110,9 @@ class SlotReader {
   }
 
  private:
-  // Whether this lane gives back what its warp has read.
-  __device__ __forceinline__ bool Arrives() const { return kEachLaneArrives || attention::Lane() == 0; }
   __device__ __forceinline__ SlotPair Read() {
-    Wait(&shared_.pair_full[half_][number_ % kPairRing], number_ / kPairRing & 1);
-    return shared_.pairs[half_][number_ % kPairRing];
+    Wait(&shared_.pair_full[half_][PlaceOf<kPairRing>(number_)], FullParity<kPairRing>(number_));
+    return shared_.pairs[half_][PlaceOf<kPairRing>(number_)];
   }
   __device__ __forceinline__ Barrier* ValuesOf(SlotRef slot) {
     return &shared_.v_full[slot.place() + slot.parity() * ShapeOf::kStages];
@@ -135,7 +134,7 @@ class SlotReader {
   SharedMemory<ShapeOf>& shared_;
   const int half_;
   int32_t tile_ = 0;
-  uint32_t number_ = 0;  // of the next pair
+  int32_t number_ = 0;  // of the next pair
   SlotPair ahead_;
   bool has_looked_ = false;
 };

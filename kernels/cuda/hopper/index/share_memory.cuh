@@ -39,8 +39,6 @@ template <bool kFp8>
 inline constexpr int kProducerRegisters = 4 * 128 - kRowBlocks* kConsumerRegisters<kFp8>;
 static_assert(kChunkBlocks == kSlotKeys);
 
-// Of a warp that gives back, or of the warp that has brought something.
-inline constexpr int kArrivalsOfWarp = kEachLaneArrives ? 32 : 1;
 inline constexpr int kEights = kChunkBlocks / static_cast<int>(kCoarseBlocks);
 // An eight of a chunk: its number, and bit i when it is open to row block i of the tile.
 struct Eight {
@@ -132,12 +130,6 @@ __device__ __forceinline__ void Init(const ShareSelectionArgs& args, Memory<Shap
     InitBarrier(&memory->list_empty[i], kWarps * kArrivalsOfWarp);
   }
   PublishBarriers();
-}
-
-// What a whole warp did before is released by it.
-__device__ __forceinline__ void ArriveAsWarp(Barrier* barrier) {
-  __syncwarp();
-  if (kEachLaneArrives || attention::Lane() == 0) Arrive(barrier);
 }
 
 // Waits for all that consume, warpgroups 0 .. kRowBlocks - 1; the one that produces is kRowBlocks.
